@@ -1,1 +1,32 @@
-//! placeholder
+//! The wire protocol `selvedge/1`, without I/O: messages, frame codec, lanes, topic names and filters.
+//!
+//! docs/protocol.md is the specification; this crate is its reference implementation. Bytes go in
+//! and values come out; nothing here opens a socket, reads a clock or blocks.
+
+pub mod frame;
+pub mod inference;
+pub mod lane;
+pub mod message;
+pub mod status;
+pub mod topic;
+
+/// The prost messages of `proto/selvedge.proto`, one to one with the wire.
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+pub mod wire {
+    include!(concat!(env!("OUT_DIR"), "/selvedge.v1.rs"));
+}
+
+/// Revision of `selvedge/1` that this crate speaks.
+pub const REVISION: u32 = 1;
+
+/// ALPN protocol name of native connections.
+pub const ALPN: &[u8] = b"selvedge/1";
+
+/// Largest header frame (everything but message and data frames) that either side accepts, in bytes.
+pub const MAX_HEADER_FRAME: usize = 64 * 1024;
+
+/// Frame limit offered in `Hello` and `Welcome` unless configured otherwise, in bytes.
+pub const DEFAULT_MAX_FRAME: usize = 16 * 1024 * 1024;
+
+/// Name of a session within its identity: at most this many bytes.
+pub const MAX_SESSION_NAME: usize = 128;
