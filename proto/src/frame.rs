@@ -36,6 +36,8 @@ impl Kind {
     pub const STATUS: Self = Self(9);
     /// All aliases bound so far on this lane are void; empty body.
     pub const UNBIND: Self = Self(10);
+    /// A `Ping` on a publish lane, answered by `Pong` on the control stream.
+    pub const MARK: Self = Self(11);
 
     /// Whether frames of this kind carry application payload and may be as large as the
     /// negotiated limit; all others are limited to [`crate::MAX_HEADER_FRAME`].
