@@ -171,16 +171,12 @@ impl TopicFilter {
         // ask for one that is longer than a topic can be.
         let mut bytes: usize = 0;
         loop {
-            let literal = match (left.next(), right.next()) {
+            let level = match (left.next(), right.next()) {
                 (None, None) => break,
-                (Some(FilterLevel::Rest), rest) => {
-                    bytes += rest.map_or(0, |level| level.bytes_with_separator());
-                    bytes += right.map(FilterLevel::bytes_with_separator).sum::<usize>();
-                    break;
-                }
-                (rest, Some(FilterLevel::Rest)) => {
-                    bytes += rest.map_or(0, |level| level.bytes_with_separator());
-                    bytes += left.map(FilterLevel::bytes_with_separator).sum::<usize>();
+                // What follows is up to the filter that goes on.
+                (Some(FilterLevel::Rest), level) | (level, Some(FilterLevel::Rest)) => {
+                    let levels = level.into_iter().chain(left).chain(right);
+                    bytes += levels.map(FilterLevel::bytes_with_separator).sum::<usize>();
                     break;
                 }
                 (None, _) | (_, None) => return false,
@@ -189,7 +185,7 @@ impl TopicFilter {
                 }
                 (Some(FilterLevel::One), Some(level)) | (Some(level), Some(_)) => level,
             };
-            bytes += literal.bytes_with_separator();
+            bytes += level.bytes_with_separator();
         }
         // Every level was counted with a separator, and the first has none.
         bytes.saturating_sub(1) <= MAX_TOPIC_BYTES
