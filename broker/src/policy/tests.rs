@@ -251,6 +251,35 @@ fn filters_are_allowed_whole_with_a_residual_or_denied() {
 }
 
 #[test]
+fn a_subject_denied_twice_is_enforced_once() {
+    let rule = |name, effect, subjects| {
+        format!(
+            "[[rule]]\nname = '{name}'\nidentities = ['*/*/*']\n{effect} = ['subscribe']\nsubjects = {subjects}\n"
+        )
+    };
+    let policy = Policy::parse(
+        &[
+            rule("all", "allow", "['#']"),
+            rule("x", "deny", "['a/+', 'b']"),
+            rule("y", "deny", "['c', 'a/+']"),
+        ]
+        .concat(),
+    );
+    let decision = policy
+        .unwrap()
+        .for_identity(&identity("t/s/n"))
+        .decide_filter(&filter("#"));
+    let residual = ["a/+", "b", "c"].map(filter).into();
+    assert_eq!(
+        decision,
+        FilterDecision::Allowed {
+            rule: "all".into(),
+            residual
+        }
+    );
+}
+
+#[test]
 fn an_empty_policy_denies_everything() {
     let policies = [
         Policy::default(),
