@@ -67,7 +67,8 @@ impl CertificateSummary {
     fn new(parsed: &X509Certificate<'_>, der: &[u8], now: SystemTime) -> Self {
         let not_before = certificate::system_time(parsed.validity().not_before);
         let not_after = certificate::system_time(parsed.validity().not_after);
-        let mut summary = Self {
+        let (dns_names, ip_addresses) = hosts(parsed);
+        Self {
             identity: certificate::identity(parsed),
             subject: certificate::subject(parsed.subject()),
             issuer: certificate::subject(parsed.issuer()),
@@ -76,27 +77,14 @@ impl CertificateSummary {
             not_after,
             validity: validity(not_before, not_after, now),
             valid_now: not_before <= now && now <= not_after,
-            uris: Vec::new(),
-            dns_names: Vec::new(),
-            ip_addresses: Vec::new(),
+            uris: uris(parsed),
+            dns_names,
+            ip_addresses,
             key_type: key_type(parsed),
             is_authority: parsed.is_ca(),
             purposes: purposes(parsed),
             fingerprint: sha256(der),
-        };
-        if let Ok(Some(names)) = parsed.subject_alternative_name() {
-            for name in &names.value.general_names {
-                match name {
-                    GeneralName::URI(uri) => summary.uris.push(printable(uri)),
-                    GeneralName::DNSName(name) => summary.dns_names.push(printable(name)),
-                    GeneralName::IPAddress(bytes) => {
-                        summary.ip_addresses.extend(address(bytes));
-                    }
-                    _ => {}
-                }
-            }
         }
-        summary
     }
 }
 
@@ -139,6 +127,19 @@ impl fmt::Display for CertificateSummary {
     }
 }
 
+/// The host names and addresses in the subject alternative name.
+pub(crate) fn hosts(parsed: &X509Certificate<'_>) -> (Vec<String>, Vec<IpAddr>) {
+    let (mut names, mut addresses) = (Vec::new(), Vec::new());
+    for name in alternative_names(parsed) {
+        match name {
+            GeneralName::DNSName(name) => names.push(printable(name)),
+            GeneralName::IPAddress(bytes) => addresses.extend(address(bytes)),
+            _ => {}
+        }
+    }
+    (names, addresses)
+}
+
 /// What the extended key usage allows; a certificate without that extension may do anything.
 pub(crate) fn purposes(parsed: &X509Certificate<'_>) -> Vec<String> {
     let usage = match parsed.extended_key_usage() {
@@ -162,6 +163,23 @@ pub(crate) fn purposes(parsed: &X509Certificate<'_>) -> Vec<String> {
         .filter(|(allowed, _)| *allowed)
         .map(|(_, name)| (*name).to_owned())
         .collect()
+}
+
+fn uris(parsed: &X509Certificate<'_>) -> Vec<String> {
+    alternative_names(parsed)
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(printable(uri)),
+            _ => None,
+        })
+        .collect()
+}
+
+fn alternative_names<'a>(parsed: &'a X509Certificate<'_>) -> &'a [GeneralName<'a>] {
+    match parsed.subject_alternative_name() {
+        Ok(Some(names)) => &names.value.general_names,
+        _ => &[],
+    }
 }
 
 fn validity(not_before: SystemTime, not_after: SystemTime, now: SystemTime) -> String {

@@ -142,6 +142,9 @@ pub fn tcp_client_config(
 }
 
 /// The key exchange group of an established connection, such as `X25519MLKEM768`.
+///
+/// Ask only once a connection is established: quinn's `Connecting::handshake_data` must not be
+/// used in this workspace, as it panics while a peer is asked for another key share.
 pub fn negotiated_group(connection: &quinn::Connection) -> Option<String> {
     let data = connection
         .handshake_data()?

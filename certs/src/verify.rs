@@ -413,7 +413,9 @@ fn reason_of(
         rustls::Error::InvalidCertificate(error) => error,
         other => return RefusalReason::Other(other.to_string()),
     };
-    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(now.as_secs().min(u64::from(u32::MAX)));
+    let now = SystemTime::UNIX_EPOCH
+        .checked_add(Duration::from_secs(now.as_secs()))
+        .unwrap_or(SystemTime::UNIX_EPOCH);
     match error {
         CertificateError::Expired
         | CertificateError::ExpiredContext { .. }
@@ -441,17 +443,18 @@ fn reason_of(
                 allowed: inspect::purposes(leaf).join(", "),
             }
         }
-        CertificateError::NotValidForNameContext {
-            expected,
-            presented,
-        } => RefusalReason::WrongHost {
-            expected: printable(&expected.to_str()),
-            presented: if presented.is_empty() {
-                "none".into()
-            } else {
-                printable(&presented.join(", "))
-            },
-        },
+        CertificateError::NotValidForNameContext { expected, .. } => {
+            let (mut presented, addresses) = inspect::hosts(leaf);
+            presented.extend(addresses.iter().map(ToString::to_string));
+            RefusalReason::WrongHost {
+                expected: printable(&expected.to_str()),
+                presented: if presented.is_empty() {
+                    "none".into()
+                } else {
+                    printable(&presented.join(", "))
+                },
+            }
+        }
         CertificateError::Revoked => RefusalReason::Revoked,
         CertificateError::BadEncoding => RefusalReason::Malformed,
         CertificateError::Other(other) => RefusalReason::Other(printable(&other.to_string())),

@@ -47,8 +47,7 @@ fn write(path: &Path, text: &str, mode: u32, overwrite: Overwrite) -> Result<(),
         .map_err(failed("write", &temporary.0))?;
     let placed = match overwrite {
         Overwrite::Yes => fs::rename(&temporary.0, path),
-        // A rename would replace a file that came into being since we looked; a link does not.
-        Overwrite::No => fs::hard_link(&temporary.0, path),
+        Overwrite::No => place_new(&temporary.0, path),
     };
     placed.map_err(|source| match source.kind() {
         io::ErrorKind::AlreadyExists => AuthorityError::Exists {
@@ -63,6 +62,23 @@ fn write(path: &Path, text: &str, mode: u32, overwrite: Overwrite) -> Result<(),
         let _ = dir.sync_all();
     }
     Ok(())
+}
+
+/// Gives a file its name unless that name is taken.
+fn place_new(temporary: &Path, path: &Path) -> io::Result<()> {
+    // A rename would replace a file that came into being since we looked; a link does not.
+    match fs::hard_link(temporary, path) {
+        // FAT and its like, common on memory cards, have no links.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported
+            ) && fs::symlink_metadata(path).is_err() =>
+        {
+            fs::rename(temporary, path)
+        }
+        placed => placed,
+    }
 }
 
 /// The name of a temporary file, which is removed on drop unless it was renamed.
