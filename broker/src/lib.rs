@@ -1,3 +1,23 @@
-//! placeholder
+//! The Selvedge broker as a library: listeners, sessions, router, calls, inference, policy, admin.
+//!
+//! [`Server::bind`] takes a checked [`Config`] and returns once every port is open. The way of a
+//! message: a listener reads it ([`quic`], [`mqtt`]), [`publisher`] checks and routes it
+//! ([`policy`], [`router`]), a [`queue`] holds it, and the receiver's listener writes it out.
 
+pub mod batch;
+pub mod config;
+pub mod fabric;
+pub mod metrics;
+pub mod models;
+pub mod mqtt;
+pub mod placement;
 pub mod policy;
+pub mod publisher;
+pub mod queue;
+pub mod retained;
+pub mod router;
+pub mod services;
+pub mod session;
+pub mod tenant;
+
+pub use config::{Config, ConfigErrors, Limits, MqttConfig};

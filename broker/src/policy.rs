@@ -190,3 +190,13 @@ impl std::error::Error for Denial {}
 
 #[cfg(test)]
 mod tests;
+
+impl From<Denial> for selvedge_proto::status::Status {
+    fn from(denial: Denial) -> Self {
+        Self::denied(selvedge_proto::status::Denial {
+            verb: denial.verb.as_str().into(),
+            subject: denial.subject,
+            rule: denial.rule,
+        })
+    }
+}

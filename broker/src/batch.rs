@@ -1,0 +1,118 @@
+//! Flows and batches: messages of one topic from one publisher, encoded once for all receivers.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use selvedge_certs::Identity;
+use selvedge_proto::frame::{self, Kind};
+use selvedge_proto::lane::MessageRef;
+use selvedge_proto::message::{Class, Qos};
+use selvedge_proto::topic::TopicName;
+use selvedge_proto::wire;
+
+/// One topic as one publisher's session uses it. Its id is the alias on every delivery lane of the
+/// tenant, so that an encoded message is the same for every receiver.
+#[derive(Debug)]
+pub struct Flow {
+    /// Unique within the tenant.
+    pub id: u32,
+    /// The topic.
+    pub topic: TopicName,
+    /// Who publishes, as verified.
+    pub publisher: Identity,
+    /// The publisher's session, for subscriptions that want no messages of their own.
+    pub session: u64,
+    /// The encoded BIND frame that announces the flow on a delivery lane.
+    pub bind: Bytes,
+}
+
+impl Flow {
+    /// A flow with its announcement.
+    pub fn new(id: u32, topic: TopicName, publisher: Identity, session: u64) -> Self {
+        let bind = frame::encode(
+            Kind::BIND,
+            &wire::Bind {
+                alias: id,
+                topic: topic.as_str().to_owned(),
+                publisher: publisher.uri().to_owned(),
+            },
+        );
+        Self {
+            id,
+            topic,
+            publisher,
+            session,
+            bind,
+        }
+    }
+}
+
+/// Whole message frames of one flow, shared by every queue they wait in.
+///
+/// Small messages are packed into `frames`. A large message is alone: `frames` is then its head
+/// and `payload` the payload as it was received.
+#[derive(Debug)]
+pub struct Batch {
+    /// Topic and publisher.
+    pub flow: Arc<Flow>,
+    /// Class of the lanes that carry it.
+    pub class: Class,
+    /// Quality of service of every frame in it.
+    pub qos: Qos,
+    /// It is delivered because it was retained, and its frame says so; such a message is alone.
+    pub retain: bool,
+    /// The publisher asked for the message to be retained; such a message is alone.
+    pub retain_as_published: bool,
+    /// Messages in it.
+    pub count: u32,
+    /// Encoded frames.
+    pub frames: Bytes,
+    /// Payload of the single message, unless it is in `frames`.
+    pub payload: Bytes,
+    /// When the message loses its worth; such a message is alone.
+    pub expires: Option<Instant>,
+}
+
+impl Batch {
+    /// Bytes it counts for in a queue: what it sends and what keeping it costs.
+    pub fn cost(&self) -> usize {
+        self.frames.len() + self.payload.len() + Self::OVERHEAD
+    }
+
+    /// Memory of a queue entry beyond the encoded bytes.
+    pub const OVERHEAD: usize = 64;
+
+    /// The messages, one after the other, with the payload as shared bytes.
+    pub fn messages(&self) -> impl Iterator<Item = BatchMessage> + '_ {
+        let mut rest = self.frames.clone();
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            // The broker wrote these frames itself, so they parse.
+            let head = frame::peek(&rest, frame::MAX_FRAME).ok().flatten()?;
+            let present = head.total().min(rest.len());
+            let body = rest.split_to(present).slice(head.prefix..);
+            let message = MessageRef::parse(&body).ok()?;
+            let payload = if self.payload.is_empty() {
+                body.slice_ref(message.payload)
+            } else {
+                self.payload.clone()
+            };
+            Some(BatchMessage {
+                header: message.header.map(|header| body.slice_ref(header)),
+                payload,
+            })
+        })
+    }
+}
+
+/// One message of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchMessage {
+    /// The encoded `MessageHeader`, if there is one.
+    pub header: Option<Bytes>,
+    /// The application's payload.
+    pub payload: Bytes,
+}

@@ -1,0 +1,537 @@
+//! The configuration file `broker.toml`, checked whole before a port opens.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use selvedge_certs::{Credentials, Identity, TrustAnchors};
+use serde::Deserialize;
+
+use crate::mqtt::password::Passwords;
+use crate::policy::Policy;
+
+/// A checked configuration: what [`crate::Server::bind`] needs, with every file read.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of the broker, for people and hop lists.
+    pub name: String,
+    /// Certificate and key of the broker.
+    pub credentials: Credentials,
+    /// Authorities whose clients are let in.
+    pub trust: TrustAnchors,
+    /// Who may do what.
+    pub policy: Policy,
+    /// Address of the native listener.
+    pub quic: Option<SocketAddr>,
+    /// MQTT listeners.
+    pub mqtt: MqttConfig,
+    /// Address of the admin listener.
+    pub admin: Option<SocketAddr>,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// The MQTT listeners.
+#[derive(Debug, Clone, Default)]
+pub struct MqttConfig {
+    /// Address of the TLS listener.
+    pub tls: Option<SocketAddr>,
+    /// Users with passwords; without any, a client certificate is required.
+    pub passwords: Option<Passwords>,
+    /// Address of the plaintext listener and the identity of everyone on it.
+    pub danger_plaintext: Option<(SocketAddr, Identity)>,
+}
+
+/// Bounds on what peers may use. Each has a default that suits a small server.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Largest message, in bytes. Default 16 MiB.
+    pub max_frame_bytes: usize,
+    /// Largest alias on a publish lane. Default 4,096.
+    pub aliases_per_lane: u32,
+    /// Connections at once, all listeners together. Default 100,000.
+    pub connections: usize,
+    /// Handshakes in progress beyond which a QUIC client must prove its address. Default 64.
+    pub handshakes_before_retry: usize,
+    /// Time for handshake and first frame. Default 10 s.
+    #[serde(with = "duration")]
+    pub handshake_timeout: Duration,
+    /// Time without a sign of life after which a connection is lost. Default 15 s.
+    #[serde(with = "duration")]
+    pub idle_timeout: Duration,
+    /// Subscriptions of one session. Default 10,000.
+    pub subscriptions_per_session: usize,
+    /// Services and models registered by one connection. Default 1,000.
+    pub registrations_per_session: usize,
+    /// Calls and inferences in progress of one connection, each way. Default 1,024.
+    pub calls_per_connection: u32,
+    /// Bytes waiting in one queue of a session, there are three for its classes. Default 16 MiB.
+    pub queue_bytes: usize,
+    /// QoS 1 bytes sent on a lane and not yet acknowledged. Default 4 MiB.
+    pub inflight_bytes: usize,
+    /// Longest time a session is kept without a connection. Default 7 days.
+    #[serde(with = "duration")]
+    pub session_expiry: Duration,
+    /// Retained messages of a tenant. Default 1,000,000.
+    pub retained_messages: usize,
+    /// Bytes of the retained messages of a tenant. Default 256 MiB.
+    pub retained_bytes: usize,
+    /// How long a call waits for a responder that was just lost, or after a start for one that
+    /// was not seen yet. Default 5 s.
+    #[serde(with = "duration")]
+    pub resume_grace: Duration,
+    /// Deadline of a call or inference that names none. Default 30 s.
+    #[serde(with = "duration")]
+    pub default_deadline: Duration,
+    /// Inferences that wait for a slot, per model. Default 1,024.
+    pub waiting_per_model: usize,
+    /// Largest request that can be escalated, in bytes. Default 1 MiB.
+    pub cascade_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_frame_bytes: selvedge_proto::DEFAULT_MAX_FRAME,
+            aliases_per_lane: 4096,
+            connections: 100_000,
+            handshakes_before_retry: 64,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(15),
+            subscriptions_per_session: 10_000,
+            registrations_per_session: 1_000,
+            calls_per_connection: 1_024,
+            queue_bytes: 16 << 20,
+            inflight_bytes: 4 << 20,
+            session_expiry: Duration::from_secs(7 * 24 * 3600),
+            retained_messages: 1_000_000,
+            retained_bytes: 256 << 20,
+            resume_grace: Duration::from_secs(5),
+            default_deadline: Duration::from_secs(30),
+            waiting_per_model: 1_024,
+            cascade_bytes: 1 << 20,
+        }
+    }
+}
+
+impl Config {
+    /// A configuration with one native listener on a free loopback port and default limits.
+    pub fn new(credentials: Credentials, trust: TrustAnchors, policy: Policy) -> Self {
+        Self {
+            name: credentials.identity().name().to_owned(),
+            credentials,
+            trust,
+            policy,
+            quic: Some(([127, 0, 0, 1], 0).into()),
+            mqtt: MqttConfig::default(),
+            admin: None,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Reads `broker.toml` and every file it names. Paths in it are relative to its folder.
+    ///
+    /// # Errors
+    /// Every problem found, not only the first.
+    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            ConfigErrors(vec![ConfigProblem::new(
+                path.display().to_string(),
+                format!("cannot be read: {error}"),
+            )])
+        })?;
+        Self::parse(&text, path.parent().unwrap_or(Path::new(".")))
+    }
+
+    /// As [`Self::load`], from text; `base` is the folder that relative paths start from.
+    ///
+    /// # Errors
+    /// Every problem found, not only the first.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, ConfigErrors> {
+        let file: File = toml::from_str(text)
+            .map_err(|error| ConfigErrors(vec![ConfigProblem::new("file", error.to_string())]))?;
+        let mut problems = Vec::new();
+        let at = |path: &Path| base.join(path);
+
+        let cert = at(&file.identity.cert);
+        let key = at(&file.identity.key);
+        let credentials = keep(
+            &mut problems,
+            "identity.cert, identity.key",
+            Credentials::from_files(&cert, &key),
+        );
+        let trust = keep(
+            &mut problems,
+            "identity.trust",
+            TrustAnchors::from_file(&at(&file.identity.trust)),
+        );
+        let policy = keep(
+            &mut problems,
+            "policy.file",
+            Policy::load(at(&file.policy.file)),
+        );
+        let quic = address(&mut problems, "listen.quic", file.listen.quic.as_deref());
+        let admin = address(&mut problems, "admin.listen", file.admin.listen.as_deref());
+        let tls = address(&mut problems, "mqtt.tls", file.mqtt.tls.as_deref());
+        let plaintext = address(
+            &mut problems,
+            "mqtt.danger_plaintext",
+            file.mqtt.danger_plaintext.as_deref(),
+        );
+        let passwords = file
+            .mqtt
+            .passwords
+            .as_ref()
+            .and_then(|path| keep(&mut problems, "mqtt.passwords", Passwords::load(&at(path))));
+        let fixed = file
+            .mqtt
+            .danger_plaintext_identity
+            .as_ref()
+            .and_then(|uri| {
+                keep(
+                    &mut problems,
+                    "mqtt.danger_plaintext_identity",
+                    uri.parse::<Identity>(),
+                )
+            });
+        let danger_plaintext = match (plaintext, fixed) {
+            (Some(address), Some(identity)) => Some((address, identity)),
+            (Some(_), None) if file.mqtt.danger_plaintext_identity.is_none() => {
+                problems.push(ConfigProblem::new(
+                    "mqtt.danger_plaintext_identity",
+                    "missing: expected the identity of everyone on the plaintext listener, \
+                     spiffe://<trust-domain>/<tenant>/<site>/<name>",
+                ));
+                None
+            }
+            (None, Some(_)) if file.mqtt.danger_plaintext.is_none() => {
+                problems.push(ConfigProblem::new(
+                    "mqtt.danger_plaintext_identity",
+                    "given without mqtt.danger_plaintext: add the address or take this out",
+                ));
+                None
+            }
+            _ => None,
+        };
+        if file.mqtt.passwords.is_some() && file.mqtt.tls.is_none() {
+            problems.push(ConfigProblem::new(
+                "mqtt.passwords",
+                "given without mqtt.tls: passwords are only taken over TLS",
+            ));
+        }
+        if file.listen.quic.is_none()
+            && file.mqtt.tls.is_none()
+            && file.mqtt.danger_plaintext.is_none()
+        {
+            problems.push(ConfigProblem::new(
+                "listen.quic",
+                "missing: expected at least one listener",
+            ));
+        }
+        file.limits.check(&mut problems);
+
+        match (credentials, trust, policy) {
+            (Some(credentials), Some(trust), Some(policy)) if problems.is_empty() => Ok(Self {
+                name: file
+                    .identity
+                    .broker_name
+                    .unwrap_or_else(|| credentials.identity().name().to_owned()),
+                credentials,
+                trust,
+                policy,
+                quic,
+                mqtt: MqttConfig {
+                    tls,
+                    passwords,
+                    danger_plaintext,
+                },
+                admin,
+                limits: file.limits,
+            }),
+            _ => Err(ConfigErrors(problems)),
+        }
+    }
+}
+
+impl Limits {
+    fn check(&self, problems: &mut Vec<ConfigProblem>) {
+        let mut bound = |key: &str, value: usize, least: usize, most: usize| {
+            if !(least..=most).contains(&value) {
+                problems.push(ConfigProblem::new(
+                    format!("limits.{key}"),
+                    format!("{value} is out of range: expected {least} to {most}"),
+                ));
+            }
+        };
+        bound(
+            "max_frame_bytes",
+            self.max_frame_bytes,
+            1024,
+            selvedge_proto::frame::MAX_FRAME,
+        );
+        bound(
+            "aliases_per_lane",
+            self.aliases_per_lane as usize,
+            1,
+            1 << 20,
+        );
+        bound("connections", self.connections, 1, 10_000_000);
+        bound(
+            "subscriptions_per_session",
+            self.subscriptions_per_session,
+            1,
+            10_000_000,
+        );
+        bound(
+            "registrations_per_session",
+            self.registrations_per_session,
+            1,
+            1_000_000,
+        );
+        bound(
+            "calls_per_connection",
+            self.calls_per_connection as usize,
+            1,
+            1 << 20,
+        );
+        bound("queue_bytes", self.queue_bytes, 1024, usize::MAX);
+        bound("inflight_bytes", self.inflight_bytes, 1024, usize::MAX);
+        bound("cascade_bytes", self.cascade_bytes, 0, 1 << 30);
+        bound(
+            "handshake_timeout (in ms)",
+            usize::try_from(self.handshake_timeout.as_millis()).unwrap_or(usize::MAX),
+            100,
+            600_000,
+        );
+        bound(
+            "idle_timeout (in ms)",
+            usize::try_from(self.idle_timeout.as_millis()).unwrap_or(usize::MAX),
+            1_000,
+            3_600_000,
+        );
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<ConfigProblem>);
+
+/// One thing that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigProblem {
+    /// The key, with its table.
+    pub key: String,
+    /// What was found, what was expected.
+    pub problem: String,
+}
+
+impl ConfigProblem {
+    fn new(key: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            key: key.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{}: {}", problem.key, problem.problem)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+fn keep<T, E: std::error::Error>(
+    problems: &mut Vec<ConfigProblem>,
+    key: &str,
+    result: Result<T, E>,
+) -> Option<T> {
+    result
+        .map_err(|error| {
+            let mut message = error.to_string();
+            let mut source = error.source();
+            while let Some(cause) = source {
+                let text = cause.to_string();
+                if !message.contains(&text) {
+                    message = format!("{message}: {text}");
+                }
+                source = cause.source();
+            }
+            problems.push(ConfigProblem::new(key, message));
+        })
+        .ok()
+}
+
+fn address(
+    problems: &mut Vec<ConfigProblem>,
+    key: &str,
+    value: Option<&str>,
+) -> Option<SocketAddr> {
+    let value = value?;
+    value
+        .parse()
+        .map_err(|_| {
+            problems.push(ConfigProblem::new(
+                key,
+                format!(
+                    "{value:?} is no address: expected ip:port, such as 0.0.0.0:7443 or [::]:7443"
+                ),
+            ));
+        })
+        .ok()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    identity: IdentityTable,
+    policy: PolicyTable,
+    #[serde(default)]
+    listen: ListenTable,
+    #[serde(default)]
+    mqtt: MqttTable,
+    #[serde(default)]
+    admin: AdminTable,
+    #[serde(default)]
+    limits: Limits,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct IdentityTable {
+    cert: PathBuf,
+    key: PathBuf,
+    trust: PathBuf,
+    broker_name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PolicyTable {
+    file: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListenTable {
+    quic: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MqttTable {
+    tls: Option<String>,
+    passwords: Option<PathBuf>,
+    danger_plaintext: Option<String>,
+    danger_plaintext_identity: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AdminTable {
+    listen: Option<String>,
+}
+
+/// Durations in the file are text with a unit: `250ms`, `10s`, `5m`, `2h`, `7d`.
+mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, de::Error};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        super::parse_duration(&text).ok_or_else(|| {
+            D::Error::custom(format!(
+                "{text:?} is no duration: expected a whole number and a unit, such as 250ms, 10s, 5m, 2h or 7d"
+            ))
+        })
+    }
+}
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    let millis = match unit.trim() {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    number.checked_mul(millis).map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_problem_is_named_at_once() {
+        let text = r#"
+            [identity]
+            cert = "no-cert.pem"
+            key = "no-key.pem"
+            trust = "no-ca.pem"
+            [policy]
+            file = "no-policy.toml"
+            [listen]
+            quic = "localhost:7443"
+            [mqtt]
+            passwords = "users.toml"
+            danger_plaintext = "127.0.0.1:1883"
+            [limits]
+            queue_bytes = 1
+        "#;
+        let folder = tempfile::tempdir().unwrap();
+        let errors = Config::parse(text, folder.path()).unwrap_err();
+        let keys: Vec<&str> = errors
+            .0
+            .iter()
+            .map(|problem| problem.key.as_str())
+            .collect();
+        for key in [
+            "identity.cert, identity.key",
+            "identity.trust",
+            "policy.file",
+            "listen.quic",
+            "mqtt.passwords",
+            "mqtt.danger_plaintext_identity",
+            "limits.queue_bytes",
+        ] {
+            assert!(keys.contains(&key), "{key} is missing from {keys:?}");
+        }
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused() {
+        let text =
+            "[identity]\ncert = 'a'\nkey = 'b'\ntrust = 'c'\npolcy = 'd'\n[policy]\nfile = 'x'";
+        let errors = Config::parse(text, Path::new(".")).unwrap_err();
+        assert!(
+            errors.to_string().contains("unknown field `polcy`"),
+            "{errors}"
+        );
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_duration("7d"), Some(Duration::from_secs(7 * 86_400)));
+        for bad in ["", "10", "s", "-1s", "1.5s", "99999999999999999999s", "1w"] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The state all listeners share: tenants, policy, limits and counters.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use selvedge_certs::Identity;
+use selvedge_proto::status::{Code, Status};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Limits;
+use crate::metrics::Metrics;
+use crate::policy::{IdentityPolicy, Policy};
+use crate::tenant::Tenant;
+
+/// Everything that outlives a connection. One per broker, shared by its listeners.
+#[derive(Debug)]
+pub struct Fabric {
+    /// Name of the broker, for people and for hop lists.
+    pub name: Arc<str>,
+    /// The broker's own identity.
+    pub identity: Identity,
+    /// Bounds on what peers may use.
+    pub limits: Limits,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Cancelled when the broker stops.
+    pub shutdown: CancellationToken,
+    /// Tasks that end soon after `shutdown`.
+    pub tasks: TaskTracker,
+    /// When the broker started.
+    pub started: Instant,
+    policy: ArcSwap<Policy>,
+    tenants: DashMap<Arc<str>, Arc<Tenant>>,
+    next_session: AtomicU64,
+}
+
+impl Fabric {
+    /// A fabric without tenants.
+    pub fn new(name: &str, identity: Identity, limits: Limits, policy: Policy) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            identity,
+            limits,
+            metrics: Arc::default(),
+            shutdown: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            started: Instant::now(),
+            policy: ArcSwap::from_pointee(policy),
+            tenants: DashMap::new(),
+            next_session: AtomicU64::new(1),
+        })
+    }
+
+    /// The tenant an identity belongs to. It comes into being with its first peer.
+    pub fn tenant(&self, identity: &Identity) -> Arc<Tenant> {
+        if let Some(tenant) = self.tenants.get(identity.tenant()) {
+            return Arc::clone(&tenant);
+        }
+        let name: Arc<str> = identity.tenant().into();
+        Arc::clone(&self.tenants.entry(Arc::clone(&name)).or_insert_with(|| {
+            Arc::new(Tenant::new(
+                name,
+                self.limits.clone(),
+                Arc::clone(&self.metrics),
+            ))
+        }))
+    }
+
+    /// All tenants.
+    pub fn tenants(&self) -> Vec<Arc<Tenant>> {
+        self.tenants
+            .iter()
+            .map(|tenant| Arc::clone(&tenant))
+            .collect()
+    }
+
+    /// The policy now, compiled for one identity.
+    pub fn policy_for(&self, identity: &Identity) -> IdentityPolicy {
+        self.policy.load().for_identity(identity)
+    }
+
+    /// The policy now.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.policy.load_full()
+    }
+
+    /// A number for a new session, never given twice.
+    pub fn session_id(&self) -> u64 {
+        self.next_session.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// How much of the resume grace after a start is left.
+    pub fn start_grace(&self, now: Instant) -> Duration {
+        self.limits
+            .resume_grace
+            .saturating_sub(now.saturating_duration_since(self.started))
+    }
+
+    /// Ends sessions that have expired, in every tenant.
+    pub fn expire_sessions(&self, now: Instant) {
+        for tenant in self.tenants() {
+            tenant.expire_sessions(now);
+        }
+    }
+
+    /// Tells every connection to go.
+    pub fn kick_all(&self, retry_after: impl Fn() -> Duration) {
+        for tenant in self.tenants() {
+            for session in tenant.sessions() {
+                session.kick(
+                    Status::new(Code::Unavailable, "the broker is stopping")
+                        .retry_after(retry_after()),
+                );
+            }
+        }
+    }
+}

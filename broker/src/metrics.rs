@@ -1,0 +1,236 @@
+//! Counters and gauges of a broker, in the Prometheus text format.
+
+use std::sync::atomic::AtomicI64;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use selvedge_proto::status::Code;
+
+/// One label named `reason`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Reason {
+    /// Why it happened.
+    pub reason: &'static str,
+}
+
+/// One label named `verb`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct VerbLabel {
+    /// The verb of the policy that was refused.
+    pub verb: &'static str,
+}
+
+/// Listener and reason.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ListenerReason {
+    /// `quic`, `mqtt` or `mqtts`.
+    pub listener: &'static str,
+    /// Why it happened.
+    pub reason: &'static str,
+}
+
+/// One label named `listener`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Listener {
+    /// `quic`, `mqtt` or `mqtts`.
+    pub listener: &'static str,
+}
+
+/// One label named `outcome`, a gRPC code name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Outcome {
+    /// How it ended.
+    pub outcome: &'static str,
+}
+
+/// Tier and outcome of an inference.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct InferOutcome {
+    /// `edge`, `cloud` or `none` when it was not placed.
+    pub tier: &'static str,
+    /// How it ended.
+    pub outcome: &'static str,
+}
+
+/// Everything a broker counts. Reading or adding takes no lock but for labels seen first.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Connections now, by listener.
+    pub connections: Family<Listener, Gauge<i64, AtomicI64>>,
+    /// Connections accepted so far, by listener.
+    pub accepted: Family<Listener, Counter>,
+    /// Connections refused before they were sessions, by listener and reason.
+    pub refused: Family<ListenerReason, Counter>,
+    /// Peers that broke a protocol, by listener and kind.
+    pub protocol_errors: Family<ListenerReason, Counter>,
+    /// Sessions kept now, connected or not.
+    pub sessions: Gauge,
+    /// Subscriptions now.
+    pub subscriptions: Gauge,
+    /// Messages kept for new subscribers now.
+    pub retained: Gauge,
+    /// Messages received from publishers.
+    pub messages_in: Counter,
+    /// Payload bytes received from publishers, with their frames.
+    pub bytes_in: Counter,
+    /// Messages handed to receivers' lanes.
+    pub messages_out: Counter,
+    /// Bytes handed to receivers' lanes.
+    pub bytes_out: Counter,
+    /// QoS 1 messages acknowledged to publishers.
+    pub acknowledged: Counter,
+    /// Messages given up, by reason.
+    pub dropped: Family<Reason, Counter>,
+    /// Of `dropped`, for the hot path: the queue was full.
+    pub dropped_overflow: Counter,
+    /// Of `dropped`, for the hot path: QoS 0 for a receiver that is offline.
+    pub dropped_offline: Counter,
+    /// Of `dropped`, for the hot path: past their expiry.
+    pub dropped_expired: Counter,
+    /// Of `dropped`: the session ended with messages waiting.
+    pub dropped_session_ended: Counter,
+    /// Requests refused by policy, by verb.
+    pub denied: Family<VerbLabel, Counter>,
+    /// Calls, by outcome.
+    pub calls: Family<Outcome, Counter>,
+    /// Calls and inferences in progress.
+    pub calls_in_flight: Gauge,
+    /// Inferences, by tier and outcome.
+    pub inferences: Family<InferOutcome, Counter>,
+    /// Edge answers given up for a cloud answer.
+    pub escalations: Counter,
+    /// Inferences refused because no worker within the residency bound exists.
+    pub privacy_refusals: Counter,
+    /// Tasks that panicked; each is a bug.
+    pub panics: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("selvedge");
+        macro_rules! register {
+            ($name:literal, $help:literal) => {{
+                let metric = Default::default();
+                registry.register($name, $help, Clone::clone(&metric));
+                metric
+            }};
+        }
+        let dropped: Family<Reason, Counter> =
+            register!("dropped_messages", "Messages given up, by reason");
+        let reason = |reason| dropped.get_or_create_owned(&Reason { reason });
+        Self {
+            connections: register!("connections", "Connections now"),
+            accepted: register!("accepted_connections", "Connections accepted"),
+            refused: register!("refused_connections", "Connections refused, by reason"),
+            protocol_errors: register!("protocol_errors", "Peers that broke a protocol"),
+            sessions: register!("sessions", "Sessions kept now"),
+            subscriptions: register!("subscriptions", "Subscriptions now"),
+            retained: register!("retained_messages", "Retained messages now"),
+            messages_in: register!("messages_in", "Messages received from publishers"),
+            bytes_in: register!("bytes_in", "Bytes received from publishers"),
+            messages_out: register!("messages_out", "Messages handed to receivers"),
+            bytes_out: register!("bytes_out", "Bytes handed to receivers"),
+            acknowledged: register!(
+                "acknowledged_messages",
+                "QoS 1 messages acknowledged to publishers"
+            ),
+            dropped_overflow: reason("queue_full"),
+            dropped_offline: reason("offline"),
+            dropped_expired: reason("expired"),
+            dropped_session_ended: reason("session_ended"),
+            dropped,
+            denied: register!("denied_requests", "Requests refused by policy"),
+            calls: register!("calls", "Calls, by outcome"),
+            calls_in_flight: register!("calls_in_flight", "Calls and inferences in progress"),
+            inferences: register!("inferences", "Inferences, by tier and outcome"),
+            escalations: register!("escalations", "Edge answers given up for a cloud answer"),
+            privacy_refusals: register!(
+                "privacy_refusals",
+                "Inferences refused for their residency"
+            ),
+            panics: register!("panics", "Tasks that panicked"),
+            registry,
+        }
+    }
+}
+
+impl Metrics {
+    /// The metrics in the Prometheus text format.
+    pub fn encode(&self) -> String {
+        let mut out = String::new();
+        // Writing to a string does not fail.
+        let _ = text::encode(&mut out, &self.registry);
+        out
+    }
+
+    /// Counts a message given up.
+    pub fn drop_messages(&self, reason: &'static str, count: u64) {
+        if count > 0 {
+            self.dropped.get_or_create(&Reason { reason }).inc_by(count);
+        }
+    }
+
+    /// Counts a request refused by policy.
+    pub fn deny(&self, verb: &'static str) {
+        self.denied.get_or_create(&VerbLabel { verb }).inc();
+    }
+
+    /// Counts a connection refused before it was a session.
+    pub fn refuse(&self, listener: &'static str, reason: &'static str) {
+        self.refused
+            .get_or_create(&ListenerReason { listener, reason })
+            .inc();
+    }
+
+    /// Counts a peer that broke the protocol of a listener.
+    pub fn protocol_error(&self, listener: &'static str, reason: &'static str) {
+        self.protocol_errors
+            .get_or_create(&ListenerReason { listener, reason })
+            .inc();
+    }
+
+    /// Counts a call's end.
+    pub fn call_ended(&self, code: Code) {
+        self.calls
+            .get_or_create(&Outcome {
+                outcome: code.as_str(),
+            })
+            .inc();
+    }
+
+    /// Counts an inference's end.
+    pub fn inference_ended(&self, tier: &'static str, code: Code) {
+        self.inferences
+            .get_or_create(&InferOutcome {
+                tier,
+                outcome: code.as_str(),
+            })
+            .inc();
+    }
+
+    /// Counts a connection for as long as the guard lives.
+    pub fn connected(&self, listener: &'static str) -> ConnectedGuard {
+        let label = Listener { listener };
+        self.accepted.get_or_create(&label).inc();
+        let gauge = self.connections.get_or_create_owned(&label);
+        gauge.inc();
+        ConnectedGuard { gauge }
+    }
+}
+
+/// Counts one connection down when dropped.
+#[derive(Debug)]
+pub struct ConnectedGuard {
+    gauge: Gauge<i64, AtomicI64>,
+}
+
+impl Drop for ConnectedGuard {
+    fn drop(&mut self) {
+        self.gauge.dec();
+    }
+}

@@ -1,0 +1,180 @@
+//! Which worker answers an inference: a pure choice among candidates, with its reason.
+
+use std::time::Duration;
+
+use selvedge_proto::inference::{Preference, Residency, Tier};
+
+#[cfg(test)]
+mod tests;
+
+/// What the requester asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request<'a> {
+    /// The requester's site.
+    pub site: &'a str,
+    /// Version wanted; empty for any.
+    pub version: &'a str,
+    /// How far the payload may travel.
+    pub residency: Residency,
+    /// Whom to favour.
+    pub preference: Preference,
+    /// Only this tier, for an escalation.
+    pub tier: Option<Tier>,
+    /// Time left.
+    pub deadline: Duration,
+}
+
+/// What is known of one worker's model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate<'a> {
+    /// Site in the worker's certificate.
+    pub site: &'a str,
+    /// Version it runs.
+    pub version: &'a str,
+    /// Its tier.
+    pub tier: Tier,
+    /// Requests it takes at once.
+    pub slots: u32,
+    /// Requests it has.
+    pub outstanding: u32,
+    /// Smoothed time of one request; zero while nothing is known.
+    pub service_time: Duration,
+    /// Round trip to it.
+    pub rtt: Duration,
+    /// Ready to answer without loading first.
+    pub loaded: bool,
+}
+
+/// Why no worker is chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nobody runs the model, or not in that version or tier.
+    NotFound,
+    /// Somebody does, but not where the payload may go. Trying again is pointless.
+    Residency,
+    /// Everybody who may is full.
+    Busy {
+        /// When a slot is expected.
+        retry_after: Duration,
+    },
+    /// Nobody can finish in time.
+    TooLate {
+        /// Shortest expected completion.
+        estimate: Duration,
+    },
+}
+
+/// A choice and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// Position among the candidates.
+    pub index: usize,
+    /// Expected time to completion.
+    pub estimate: Duration,
+    /// In words.
+    pub reason: String,
+}
+
+/// Chooses the better of two random candidates by expected completion, from those that may answer
+/// and are favoured. `pick(n)` returns a random number below `n`.
+///
+/// # Errors
+/// Nobody may answer, everybody is full, or nobody can be in time.
+pub fn place(
+    request: &Request<'_>,
+    candidates: &[Candidate<'_>],
+    mut pick: impl FnMut(usize) -> usize,
+) -> Result<Choice, Refusal> {
+    let runs = |candidate: &Candidate<'_>| {
+        (request.version.is_empty() || request.version == candidate.version)
+            && request.tier.is_none_or(|tier| tier == candidate.tier)
+    };
+    let may = |candidate: &Candidate<'_>| match request.residency {
+        Residency::Site => candidate.site == request.site,
+        // Candidates are of the requester's tenant: no other is ever looked at.
+        Residency::Tenant | Residency::Any => true,
+    };
+    let running: Vec<usize> = (0..candidates.len())
+        .filter(|&i| runs(&candidates[i]))
+        .collect();
+    if running.is_empty() {
+        return Err(Refusal::NotFound);
+    }
+    let allowed: Vec<usize> = running
+        .into_iter()
+        .filter(|&i| may(&candidates[i]))
+        .collect();
+    if allowed.is_empty() {
+        return Err(Refusal::Residency);
+    }
+    let free: Vec<usize> = allowed
+        .iter()
+        .copied()
+        .filter(|&i| candidates[i].outstanding < candidates[i].slots)
+        .collect();
+    if free.is_empty() {
+        let retry_after = allowed
+            .iter()
+            .map(|&i| candidates[i].service_time / candidates[i].slots.max(1))
+            .min()
+            .unwrap_or_default()
+            .max(Duration::from_millis(1));
+        return Err(Refusal::Busy { retry_after });
+    }
+    let in_time: Vec<usize> = free
+        .iter()
+        .copied()
+        .filter(|&i| expected(&candidates[i]) <= request.deadline)
+        .collect();
+    if in_time.is_empty() {
+        let estimate = free
+            .iter()
+            .map(|&i| expected(&candidates[i]))
+            .min()
+            .unwrap_or_default();
+        return Err(Refusal::TooLate { estimate });
+    }
+    let favoured = |tier: Tier| -> Vec<usize> {
+        in_time
+            .iter()
+            .copied()
+            .filter(|&i| candidates[i].tier == tier)
+            .collect()
+    };
+    let (pool, why) = match request.preference {
+        Preference::Fastest => (in_time.clone(), "least expected completion"),
+        Preference::Edge => (favoured(Tier::Edge), "edge preferred"),
+        Preference::Cheapest => (favoured(Tier::Edge), "edge is cheapest"),
+        Preference::Cloud => (favoured(Tier::Cloud), "cloud preferred"),
+    };
+    let (pool, why) = if pool.is_empty() {
+        (in_time, "the preferred tier has no free worker in time")
+    } else {
+        (pool, why)
+    };
+    let better = |a: usize, b: usize| {
+        // A model in memory beats one that must be loaded first.
+        let key = |i: usize| (!candidates[i].loaded, expected(&candidates[i]));
+        if key(b) < key(a) { b } else { a }
+    };
+    let index = match pool.len() {
+        1 => pool[0],
+        count => {
+            let first = pick(count);
+            let second = (first + 1 + pick(count - 1)) % count;
+            better(pool[first], pool[second])
+        }
+    };
+    Ok(Choice {
+        index,
+        estimate: expected(&candidates[index]),
+        reason: format!("{why}, {} of {} workers free", free.len(), allowed.len()),
+    })
+}
+
+/// Expected time to completion: the way there and back, and the work before and of this request
+/// over the slots that share it.
+pub fn expected(candidate: &Candidate<'_>) -> Duration {
+    let rounds = candidate.outstanding / candidate.slots.max(1) + 1;
+    candidate.rtt + candidate.service_time * rounds
+}

@@ -1,0 +1,157 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn worker(tier: Tier, site: &'static str) -> Candidate<'static> {
+    Candidate {
+        site,
+        version: "1",
+        tier,
+        slots: 2,
+        outstanding: 0,
+        service_time: MS,
+        rtt: Duration::ZERO,
+        loaded: true,
+    }
+}
+
+fn request() -> Request<'static> {
+    Request {
+        site: "plant-1",
+        version: "",
+        residency: Residency::Tenant,
+        preference: Preference::Fastest,
+        tier: None,
+        deadline: Duration::from_secs(1),
+    }
+}
+
+fn first(_: usize) -> usize {
+    0
+}
+
+#[test]
+fn each_refusal_says_what_is_missing() {
+    let cloud = worker(Tier::Cloud, "cloud-1");
+    assert_eq!(place(&request(), &[], first), Err(Refusal::NotFound));
+    let private = Request {
+        residency: Residency::Site,
+        ..request()
+    };
+    assert_eq!(
+        place(&private, &[cloud.clone()], first),
+        Err(Refusal::Residency)
+    );
+    let full = Candidate {
+        outstanding: 2,
+        service_time: MS * 10,
+        ..cloud.clone()
+    };
+    assert_eq!(
+        place(&request(), &[full], first),
+        Err(Refusal::Busy {
+            retry_after: MS * 5
+        })
+    );
+    let hurried = Request {
+        deadline: MS * 3,
+        ..request()
+    };
+    let slow = Candidate {
+        service_time: MS * 10,
+        rtt: MS,
+        ..cloud
+    };
+    assert_eq!(
+        place(&hurried, &[slow], first),
+        Err(Refusal::TooLate { estimate: MS * 11 })
+    );
+}
+
+#[test]
+fn a_preference_yields_when_its_tier_is_full() {
+    let edge = Candidate {
+        outstanding: 2,
+        ..worker(Tier::Edge, "plant-1")
+    };
+    let both = [edge, worker(Tier::Cloud, "cloud-1")];
+    let choice = place(
+        &Request {
+            preference: Preference::Edge,
+            ..request()
+        },
+        &both,
+        first,
+    )
+    .unwrap();
+    assert_eq!(choice.index, 1);
+    assert_eq!(
+        choice.reason,
+        "the preferred tier has no free worker in time, 1 of 2 workers free"
+    );
+}
+
+fn candidates() -> impl Strategy<Value = Vec<Candidate<'static>>> {
+    let one = (
+        0usize..3,
+        any::<bool>(),
+        0u32..4,
+        0u32..4,
+        0u64..50,
+        0u64..50,
+        any::<bool>(),
+    )
+        .prop_map(
+            |(site, edge, slots, outstanding, service, rtt, loaded)| Candidate {
+                site: ["plant-1", "plant-2", "cloud-1"][site],
+                version: if edge { "1" } else { "2" },
+                tier: if edge { Tier::Edge } else { Tier::Cloud },
+                slots,
+                outstanding,
+                service_time: MS * service as u32,
+                rtt: MS * rtt as u32,
+                loaded,
+            },
+        );
+    proptest::collection::vec(one, 0..8)
+}
+
+proptest! {
+    #[test]
+    fn a_choice_keeps_every_bound(
+        candidates in candidates(),
+        site_only: bool,
+        version in 0usize..3,
+        deadline in 0u64..100,
+        seed: u64,
+    ) {
+        let request = Request {
+            residency: if site_only { Residency::Site } else { Residency::Tenant },
+            version: ["", "1", "2"][version],
+            deadline: MS * deadline as u32,
+            ..request()
+        };
+        let mut state = seed;
+        let chosen = place(&request, &candidates, |count| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as usize % count
+        });
+        if let Ok(choice) = chosen {
+            let candidate = &candidates[choice.index];
+            prop_assert!(!site_only || candidate.site == request.site);
+            prop_assert!(request.version.is_empty() || request.version == candidate.version);
+            prop_assert!(candidate.outstanding < candidate.slots);
+            prop_assert!(expected(candidate) <= request.deadline);
+        } else {
+            let fits = |candidate: &Candidate<'_>| {
+                (!site_only || candidate.site == request.site)
+                    && (request.version.is_empty() || request.version == candidate.version)
+                    && candidate.outstanding < candidate.slots
+                    && expected(candidate) <= request.deadline
+            };
+            prop_assert!(!candidates.iter().any(fits));
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! The way in: from a publisher's message to the queues of everyone who wants it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use selvedge_certs::Identity;
+use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::message::{Class, Durability, Qos};
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::topic::TopicName;
+
+use crate::batch::{Batch, Flow};
+use crate::fabric::Fabric;
+use crate::policy::{Decision, IdentityPolicy, Verb};
+use crate::queue::Pushed;
+use crate::router::Route;
+use crate::session::{Session, Subscriber};
+use crate::tenant::{Tenant, expiry_of, reencode};
+
+/// Payloads from this size on are passed on as they were received instead of copied into a batch.
+pub const LARGE: usize = 4096;
+
+/// Batches are closed at this size, so that no receiver waits for a long one.
+const BATCH: usize = 64 * 1024;
+
+/// One session as a publisher. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Publisher {
+    fabric: Arc<Fabric>,
+    tenant: Arc<Tenant>,
+    identity: Identity,
+    session: u64,
+    policy: IdentityPolicy,
+}
+
+/// One topic of a publisher: its permission, its route and the batch being filled.
+#[derive(Debug)]
+pub struct Topic {
+    flow: Arc<Flow>,
+    route: Arc<Route>,
+    denial: Option<Status>,
+    class: Class,
+    pending: BytesMut,
+    pending_count: u32,
+    pending_qos: Qos,
+}
+
+/// One message on its way in.
+#[derive(Debug, Clone)]
+pub struct Incoming<'a> {
+    /// Quality of service it was published with; 2 is delivered as 1 to native receivers.
+    pub qos: Qos,
+    /// Keep it as the topic's retained message.
+    pub retain: bool,
+    /// Encoded `MessageHeader`, if any.
+    pub header: Option<&'a [u8]>,
+    /// The payload.
+    pub payload: Payload<'a>,
+}
+
+/// A payload, shared when that saves a copy.
+#[derive(Debug, Clone)]
+pub enum Payload<'a> {
+    /// Copied into the batch.
+    Borrowed(&'a [u8]),
+    /// Passed on as it is when it is large.
+    Shared(Bytes),
+}
+
+impl Payload<'_> {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(bytes) => bytes,
+            Self::Shared(bytes) => bytes,
+        }
+    }
+}
+
+impl Publisher {
+    /// The publisher of a session, with the policy as it is now.
+    pub fn new(fabric: &Arc<Fabric>, tenant: Arc<Tenant>, session: &Session) -> Self {
+        let identity = session.key.identity.clone();
+        Self {
+            policy: fabric.policy_for(&identity),
+            fabric: Arc::clone(fabric),
+            tenant,
+            identity,
+            session: session.id,
+        }
+    }
+
+    /// Opens a topic for publishing. A topic that policy denies opens, too: each message to it is
+    /// refused with the denial.
+    pub fn open(&self, topic: TopicName, class: Class) -> Topic {
+        let denial = match self.policy.decide(Verb::Publish, &topic) {
+            Decision::Allowed { .. } => None,
+            Decision::Denied(denial) => Some(denial.into()),
+        };
+        let flow = self.tenant.flow(topic, &self.identity, self.session);
+        Topic {
+            route: Arc::new(self.tenant.router.route(&flow.topic, self.session)),
+            flow,
+            denial,
+            class,
+            pending: BytesMut::new(),
+            pending_count: 0,
+            pending_qos: Qos::AtMostOnce,
+        }
+    }
+
+    /// Takes one message. It reaches the receivers with the next [`Self::flush`] at the latest.
+    ///
+    /// # Errors
+    /// Policy denies the topic, the retained messages are full, or the header does not decode.
+    #[inline]
+    pub fn publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+        if let Some(denial) = &topic.denial {
+            self.fabric.metrics.deny("publish");
+            return Err(denial.clone());
+        }
+        let payload = message.payload.as_slice();
+        let simple = message.header.is_none() && !message.retain && payload.len() < LARGE;
+        if !simple || !topic.route.groups.is_empty() {
+            return self.publish_alone(topic, message);
+        }
+        let qos = message.qos.min(Qos::AtLeastOnce);
+        if topic.pending_qos != qos || topic.pending.len() >= BATCH {
+            self.flush(topic);
+            topic.pending_qos = qos;
+        }
+        lane::put_message(
+            &mut topic.pending,
+            Flags::new(qos),
+            topic.flow.id,
+            None,
+            payload,
+        );
+        topic.pending_count += 1;
+        Ok(())
+    }
+
+    /// Hands what was taken to the receivers' queues.
+    #[inline]
+    pub fn flush(&self, topic: &mut Topic) {
+        if topic.pending_count == 0 {
+            return;
+        }
+        let batch = Batch {
+            flow: Arc::clone(&topic.flow),
+            class: topic.class,
+            qos: topic.pending_qos,
+            retain: false,
+            retain_as_published: false,
+            count: std::mem::take(&mut topic.pending_count),
+            frames: topic.pending.split().freeze(),
+            payload: Bytes::new(),
+            expires: None,
+        };
+        self.dispatch(topic, batch);
+    }
+
+    /// Publishes one message to a topic that is not worth keeping open.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub fn publish_one(
+        &self,
+        topic: &TopicName,
+        class: Class,
+        qos: Qos,
+        retain: bool,
+        header: Option<&Bytes>,
+        payload: &Bytes,
+    ) -> Result<(), Status> {
+        let mut topic = self.open(topic.clone(), class);
+        self.publish(
+            &mut topic,
+            &Incoming {
+                qos,
+                retain,
+                header: header.map(|header| &header[..]),
+                payload: Payload::Shared(payload.clone()),
+            },
+        )?;
+        self.flush(&mut topic);
+        Ok(())
+    }
+
+    /// Durability that an acknowledgement may state once the message is in the queues.
+    ///
+    /// # Errors
+    /// The publisher demands more than the broker has.
+    pub fn durability(&self, demanded: Durability) -> Result<Durability, Status> {
+        match demanded {
+            Durability::Default | Durability::Memory => Ok(Durability::Memory),
+            Durability::Disk | Durability::Replicated => Err(Status::new(
+                Code::FailedPrecondition,
+                "this broker keeps messages in memory only: demand memory or nothing",
+            )),
+        }
+    }
+
+    #[cold]
+    fn publish_alone(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+        // What came before stays before.
+        self.flush(topic);
+        let expires = expiry_of(message.header, Instant::now())
+            .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
+        let qos = message.qos.min(Qos::AtLeastOnce);
+        let payload = message.payload.as_slice();
+        let mut frames = BytesMut::new();
+        let (frames, apart) = match &message.payload {
+            Payload::Shared(shared) if payload.len() >= LARGE => {
+                lane::put_message_head(
+                    &mut frames,
+                    Flags::new(qos),
+                    topic.flow.id,
+                    message.header,
+                    payload.len(),
+                );
+                (frames.freeze(), shared.clone())
+            }
+            _ => {
+                lane::put_message(
+                    &mut frames,
+                    Flags::new(qos),
+                    topic.flow.id,
+                    message.header,
+                    payload,
+                );
+                (frames.freeze(), Bytes::new())
+            }
+        };
+        let batch = Batch {
+            flow: Arc::clone(&topic.flow),
+            class: topic.class,
+            qos,
+            retain: false,
+            retain_as_published: message.retain,
+            count: 1,
+            frames,
+            payload: apart,
+            expires,
+        };
+        if message.retain {
+            self.retain(&batch, payload.is_empty())?;
+        }
+        self.dispatch(topic, batch);
+        Ok(())
+    }
+
+    fn retain(&self, batch: &Batch, clear: bool) -> Result<(), Status> {
+        if clear {
+            if self.tenant.retained.clear(&batch.flow.topic) {
+                self.fabric.metrics.retained.dec();
+            }
+            return Ok(());
+        }
+        let kept = Batch {
+            retain: true,
+            ..reencode(
+                &Batch {
+                    flow: Arc::clone(&batch.flow),
+                    frames: batch.frames.clone(),
+                    payload: batch.payload.clone(),
+                    retain: true,
+                    ..*batch
+                },
+                batch.qos,
+            )
+        };
+        match self.tenant.retained.set(Arc::new(kept)) {
+            Ok(grown) => {
+                self.fabric.metrics.retained.inc_by(grown);
+                Ok(())
+            }
+            Err(full) => Err(Status::new(Code::ResourceExhausted, full.to_string())),
+        }
+    }
+
+    fn dispatch(&self, topic: &mut Topic, batch: Batch) {
+        let router = &self.tenant.router;
+        if topic.route.generation != router.generation() {
+            topic.route = Arc::new(router.route(&topic.flow.topic, self.session));
+        }
+        let metrics = &self.fabric.metrics;
+        metrics.messages_in.inc_by(batch.count.into());
+        metrics
+            .bytes_in
+            .inc_by((batch.frames.len() + batch.payload.len()) as u64);
+        let batch = Arc::new(batch);
+        // The same messages at QoS 0, made when the first receiver wants them.
+        let mut downgraded: Option<Arc<Batch>> = None;
+        let mut for_qos = |max: Qos| -> Arc<Batch> {
+            if max >= batch.qos {
+                Arc::clone(&batch)
+            } else {
+                Arc::clone(downgraded.get_or_insert_with(|| Arc::new(reencode(&batch, max))))
+            }
+        };
+        for target in &topic.route.targets {
+            self.push(&target.subscriber, &for_qos(target.max_qos));
+        }
+        for group in &topic.route.groups {
+            if batch.count == 1 {
+                if let Some(member) = group.choose(&topic.flow.topic, self.session) {
+                    self.push(&member, &for_qos(member.max_qos));
+                }
+                continue;
+            }
+            // Filled before the first group subscribed: each message has its own receiver.
+            for message in batch.messages() {
+                let Some(member) = group.choose(&topic.flow.topic, self.session) else {
+                    continue;
+                };
+                let qos = batch.qos.min(member.max_qos);
+                let mut frames = BytesMut::new();
+                lane::put_message(
+                    &mut frames,
+                    Flags::new(qos),
+                    batch.flow.id,
+                    message.header.as_deref(),
+                    &message.payload,
+                );
+                let single = Batch {
+                    flow: Arc::clone(&batch.flow),
+                    qos,
+                    count: 1,
+                    frames: frames.freeze(),
+                    payload: Bytes::new(),
+                    ..*batch
+                };
+                self.push(&member, &Arc::new(single));
+            }
+        }
+    }
+
+    #[inline]
+    fn push(&self, subscriber: &Subscriber, batch: &Arc<Batch>) {
+        let metrics = &self.fabric.metrics;
+        match subscriber.queues[batch.class.index()].push(batch) {
+            Pushed::Queued { dropped: 0 } => {}
+            Pushed::Queued { dropped } => {
+                metrics.dropped_overflow.inc_by(dropped.into());
+            }
+            Pushed::Full => {
+                metrics.dropped_overflow.inc_by(batch.count.into());
+            }
+            Pushed::Offline => {
+                metrics.dropped_offline.inc_by(batch.count.into());
+            }
+            Pushed::Disconnect => {
+                metrics.dropped_overflow.inc_by(batch.count.into());
+                if let Some(session) = subscriber.session.upgrade() {
+                    session.kick(Status::new(
+                        Code::ResourceExhausted,
+                        "the queue of a subscription that disconnects on overflow is full",
+                    ));
+                }
+            }
+            Pushed::Closed => {
+                metrics.dropped_session_ended.inc_by(batch.count.into());
+            }
+        }
+    }
+}

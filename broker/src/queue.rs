@@ -1,0 +1,355 @@
+//! The queue between the router and one receiver's lane: bounded in bytes, with a policy when full.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use selvedge_proto::message::{Class, Qos};
+use tokio::sync::Notify;
+
+use crate::batch::Batch;
+
+#[cfg(test)]
+mod tests;
+
+/// What a full queue does with one more message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Overflow {
+    /// QoS 0 drops the oldest, QoS 1 the newest.
+    #[default]
+    Default,
+    /// Gives up the oldest QoS 0 messages in it; the new one when there is none.
+    DropOldest,
+    /// Gives up the new message.
+    DropNewest,
+    /// Ends the receiver's connection.
+    Disconnect,
+}
+
+/// What became of a batch that was pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushed {
+    /// It waits in the queue; so many older messages were given up for it.
+    Queued {
+        /// Older messages dropped.
+        dropped: u32,
+    },
+    /// The queue is full and the new messages were given up.
+    Full,
+    /// The receiver is offline and QoS 0 is not kept for it.
+    Offline,
+    /// The queue is full and its policy ends the connection.
+    Disconnect,
+    /// The session has ended.
+    Closed,
+}
+
+/// One place in a queue.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The messages.
+    pub batch: Arc<Batch>,
+    /// They may have been delivered before.
+    pub duplicate: bool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    entries: VecDeque<Entry>,
+    /// QoS 1 sent and not yet acknowledged, with the number of its last message on the lane.
+    inflight: VecDeque<(u64, Entry)>,
+    /// Cost of `entries` and `inflight`.
+    bytes: usize,
+    /// Number of the last QoS 1 message sent on the current lane.
+    sent: u64,
+    online: bool,
+    closed: bool,
+    /// The receiver has been woken and has not found the queue empty since.
+    scheduled: bool,
+    /// A lane writer waits on `wake`; without one the session's activations are used.
+    writer: bool,
+}
+
+/// Queues that became ready and the receiver's bell.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    ready: Mutex<Vec<Arc<DeliveryQueue>>>,
+    notify: Notify,
+}
+
+impl Outbox {
+    /// Waits until a queue may be ready.
+    pub async fn ready(&self) {
+        self.notify.notified().await;
+    }
+
+    /// Takes the queues that became ready, most urgent class first.
+    pub fn take(&self) -> Vec<Arc<DeliveryQueue>> {
+        let mut ready = std::mem::take(&mut *self.ready.lock());
+        ready.sort_by_key(|queue| queue.class.index());
+        ready
+    }
+
+    fn activate(&self, queue: Arc<DeliveryQueue>) {
+        self.ready.lock().push(queue);
+        self.notify.notify_one();
+    }
+}
+
+/// A bounded queue of batches for one receiver, one class and one lane group.
+#[derive(Debug)]
+pub struct DeliveryQueue {
+    /// Class of its lane.
+    pub class: Class,
+    /// The subscription that owns it, or zero for the session's shared queues.
+    pub subscription: u32,
+    limit: usize,
+    overflow: Overflow,
+    outbox: Arc<Outbox>,
+    wake: Notify,
+    this: Weak<Self>,
+    inner: Mutex<Inner>,
+}
+
+impl DeliveryQueue {
+    /// An empty queue of at most `limit` bytes.
+    pub fn new(
+        class: Class,
+        subscription: u32,
+        limit: usize,
+        overflow: Overflow,
+        outbox: Arc<Outbox>,
+        online: bool,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            class,
+            subscription,
+            limit,
+            overflow,
+            outbox,
+            wake: Notify::new(),
+            this: this.clone(),
+            inner: Mutex::new(Inner {
+                online,
+                ..Inner::default()
+            }),
+        })
+    }
+
+    /// Adds a batch and wakes the receiver if it sleeps.
+    pub fn push(&self, batch: &Arc<Batch>) -> Pushed {
+        let mut inner = self.inner.lock();
+        if inner.closed {
+            return Pushed::Closed;
+        }
+        if !inner.online && batch.qos == Qos::AtMostOnce {
+            return Pushed::Offline;
+        }
+        let cost = batch.cost();
+        let mut dropped = 0;
+        // A batch larger than the whole queue still passes when nothing else waits.
+        if inner.bytes + cost > self.limit && inner.bytes > 0 {
+            let overflow = match (self.overflow, batch.qos) {
+                (Overflow::Default, Qos::AtMostOnce) => Overflow::DropOldest,
+                (Overflow::Default, _) => Overflow::DropNewest,
+                (other, _) => other,
+            };
+            match overflow {
+                Overflow::Disconnect => return Pushed::Disconnect,
+                Overflow::DropNewest | Overflow::Default => return Pushed::Full,
+                Overflow::DropOldest => {
+                    while inner.bytes + cost > self.limit
+                        && let Some(front) = inner.entries.front()
+                        && front.batch.qos == Qos::AtMostOnce
+                    {
+                        dropped += front.batch.count;
+                        inner.bytes -= front.batch.cost();
+                        inner.entries.pop_front();
+                    }
+                    if inner.bytes + cost > self.limit && inner.bytes > 0 {
+                        return Pushed::Full;
+                    }
+                }
+            }
+        }
+        inner.bytes += cost;
+        inner.entries.push_back(Entry {
+            batch: Arc::clone(batch),
+            duplicate: false,
+        });
+        self.schedule(inner);
+        Pushed::Queued { dropped }
+    }
+
+    /// Takes entries up to about `budget` bytes. An empty answer means that the next push wakes.
+    ///
+    /// QoS 1 entries move to the in-flight part and stay there until acknowledged; their messages
+    /// are numbered on from the last. Entries past their expiry are left out and counted.
+    pub fn take(&self, budget: usize, now: Instant) -> Taken {
+        let mut inner = self.inner.lock();
+        let mut taken = Taken::default();
+        let mut bytes = 0;
+        while bytes < budget {
+            let Some(entry) = inner.entries.pop_front() else {
+                break;
+            };
+            let cost = entry.batch.cost();
+            if entry.batch.expires.is_some_and(|expires| expires <= now) {
+                inner.bytes -= cost;
+                taken.expired += entry.batch.count;
+                continue;
+            }
+            bytes += cost;
+            if entry.batch.qos == Qos::AtMostOnce {
+                inner.bytes -= cost;
+            } else {
+                inner.sent += u64::from(entry.batch.count);
+                let last = inner.sent;
+                inner.inflight.push_back((last, entry.clone()));
+            }
+            taken.entries.push(entry);
+        }
+        if taken.entries.is_empty() && inner.entries.is_empty() {
+            inner.scheduled = false;
+        }
+        taken
+    }
+
+    /// Whether the lane may take more: fewer than `limit` bytes are unacknowledged. When it may
+    /// not, an acknowledgement wakes the writer.
+    pub fn has_window(&self, limit: usize) -> bool {
+        let inner = self.inner.lock();
+        inner
+            .inflight
+            .iter()
+            .map(|(_, entry)| entry.batch.cost())
+            .sum::<usize>()
+            < limit
+    }
+
+    /// Drops what the receiver has acknowledged: all QoS 1 messages up to `last`.
+    pub fn acknowledge(&self, last: u64) -> u64 {
+        let mut inner = self.inner.lock();
+        let mut done = 0;
+        while let Some((number, entry)) = inner.inflight.front()
+            && *number <= last
+        {
+            let cost = entry.batch.cost();
+            done += u64::from(entry.batch.count);
+            inner.bytes -= cost;
+            inner.inflight.pop_front();
+        }
+        drop(inner);
+        self.wake.notify_one();
+        done
+    }
+
+    /// Waits until there may be entries, for the writer of this queue's lane.
+    pub async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// Says that a lane writer now waits on this queue, so that pushes wake it directly.
+    pub fn set_writer(&self) {
+        self.inner.lock().writer = true;
+    }
+
+    /// Starts delivery for a new connection: everything unacknowledged is sent again, first.
+    pub fn online(&self) {
+        let mut inner = self.inner.lock();
+        requeue(&mut inner);
+        inner.online = true;
+        inner.writer = false;
+        inner.scheduled = false;
+        if !inner.entries.is_empty() {
+            self.schedule(inner);
+        }
+    }
+
+    /// The connection is gone. What is unacknowledged waits; QoS 0 is dropped and counted.
+    pub fn offline(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        inner.online = false;
+        inner.writer = false;
+        requeue(&mut inner);
+        let mut dropped = 0;
+        let mut kept = 0;
+        inner.entries.retain(|entry| {
+            let keep = entry.batch.qos != Qos::AtMostOnce;
+            if keep {
+                kept += entry.batch.cost();
+            } else {
+                dropped += u64::from(entry.batch.count);
+            }
+            keep
+        });
+        inner.bytes = kept;
+        dropped
+    }
+
+    /// The session has ended: nothing is taken any more.
+    pub fn close(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        inner.closed = true;
+        let lost = inner
+            .entries
+            .iter()
+            .chain(inner.inflight.iter().map(|(_, entry)| entry))
+            .map(|entry| u64::from(entry.batch.count))
+            .sum();
+        inner.entries = VecDeque::new();
+        inner.inflight = VecDeque::new();
+        inner.bytes = 0;
+        drop(inner);
+        self.wake.notify_one();
+        lost
+    }
+
+    /// Whether the session has ended.
+    pub fn is_closed(&self) -> bool {
+        self.inner.lock().closed
+    }
+
+    /// Bytes queued and in flight.
+    pub fn bytes(&self) -> usize {
+        self.inner.lock().bytes
+    }
+
+    /// Whether a receiver is connected and the queue has room.
+    pub fn has_room(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.online && !inner.closed && inner.bytes < self.limit
+    }
+
+    fn schedule(&self, mut inner: parking_lot::MutexGuard<'_, Inner>) {
+        if inner.scheduled || !inner.online {
+            return;
+        }
+        inner.scheduled = true;
+        let writer = inner.writer;
+        drop(inner);
+        if writer {
+            self.wake.notify_one();
+        } else if let Some(this) = self.this.upgrade() {
+            self.outbox.activate(this);
+        }
+    }
+}
+
+/// What [`DeliveryQueue::take`] found.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Entries to send, in order.
+    pub entries: Vec<Entry>,
+    /// Messages left out because they had expired.
+    pub expired: u32,
+}
+
+fn requeue(inner: &mut Inner) {
+    while let Some((_, mut entry)) = inner.inflight.pop_back() {
+        entry.duplicate = true;
+        inner.entries.push_front(entry);
+    }
+    inner.sent = 0;
+}

@@ -1,0 +1,173 @@
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use proptest::prelude::*;
+use selvedge_certs::Identity;
+use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::topic::TopicName;
+
+use super::*;
+use crate::batch::Flow;
+
+fn batch(qos: Qos, payload: &[u8]) -> Arc<Batch> {
+    let flow = Arc::new(Flow::new(
+        1,
+        TopicName::parse("a").unwrap(),
+        Identity::new("example.org", "acme", "s", "p").unwrap(),
+        1,
+    ));
+    let mut frames = BytesMut::new();
+    lane::put_message(&mut frames, Flags::new(qos), 1, None, payload);
+    Arc::new(Batch {
+        flow,
+        class: Class::Normal,
+        qos,
+        retain: false,
+        retain_as_published: false,
+        count: 1,
+        frames: frames.freeze(),
+        payload: Bytes::new(),
+        expires: None,
+    })
+}
+
+fn queue(limit: usize, overflow: Overflow) -> Arc<DeliveryQueue> {
+    DeliveryQueue::new(Class::Normal, 0, limit, overflow, Arc::default(), true)
+}
+
+fn payloads(taken: &Taken) -> Vec<Vec<u8>> {
+    taken
+        .entries
+        .iter()
+        .flat_map(|entry| {
+            entry
+                .batch
+                .messages()
+                .map(|message| message.payload.to_vec())
+        })
+        .collect()
+}
+
+#[test]
+fn qos_0_gives_up_the_oldest_and_says_how_many() {
+    let one = batch(Qos::AtMostOnce, b"1").cost();
+    let queue = queue(one * 2, Overflow::Default);
+    for payload in [b"1", b"2"] {
+        assert_eq!(
+            queue.push(&batch(Qos::AtMostOnce, payload)),
+            Pushed::Queued { dropped: 0 }
+        );
+    }
+    assert_eq!(
+        queue.push(&batch(Qos::AtMostOnce, b"3")),
+        Pushed::Queued { dropped: 1 }
+    );
+    assert_eq!(
+        payloads(&queue.take(usize::MAX, Instant::now())),
+        [b"2", b"3"]
+    );
+    assert_eq!(queue.bytes(), 0);
+}
+
+#[test]
+fn each_policy_when_full() {
+    let one = batch(Qos::AtLeastOnce, b"1").cost();
+    for (overflow, qos, want) in [
+        (Overflow::Default, Qos::AtLeastOnce, Pushed::Full),
+        (Overflow::DropNewest, Qos::AtMostOnce, Pushed::Full),
+        (Overflow::Disconnect, Qos::AtMostOnce, Pushed::Disconnect),
+        // There is no QoS 0 to give up.
+        (Overflow::DropOldest, Qos::AtMostOnce, Pushed::Full),
+    ] {
+        let queue = queue(one, overflow);
+        queue.push(&batch(Qos::AtLeastOnce, b"1"));
+        assert_eq!(queue.push(&batch(qos, b"2")), want, "{overflow:?} {qos:?}");
+    }
+}
+
+#[test]
+fn unacknowledged_messages_come_again_first_and_in_order() {
+    let queue = queue(usize::MAX, Overflow::Default);
+    for payload in [b"1", b"2", b"3"] {
+        queue.push(&batch(Qos::AtLeastOnce, payload));
+    }
+    let now = Instant::now();
+    assert_eq!(queue.take(usize::MAX, now).entries.len(), 3);
+    assert_eq!(queue.acknowledge(1), 1);
+    queue.push(&batch(Qos::AtMostOnce, b"0"));
+    assert_eq!(queue.offline(), 1, "the QoS 0 message is lost");
+    assert_eq!(queue.push(&batch(Qos::AtMostOnce, b"0")), Pushed::Offline);
+    queue.push(&batch(Qos::AtLeastOnce, b"4"));
+    queue.online();
+    let taken = queue.take(usize::MAX, now);
+    assert_eq!(payloads(&taken), [b"2", b"3", b"4"]);
+    let duplicates: Vec<bool> = taken.entries.iter().map(|entry| entry.duplicate).collect();
+    assert_eq!(duplicates, [true, true, false]);
+    assert_eq!(queue.acknowledge(3), 3);
+    assert_eq!(queue.bytes(), 0);
+}
+
+#[test]
+fn expired_messages_are_left_out_and_counted() {
+    let queue = queue(usize::MAX, Overflow::Default);
+    let now = Instant::now();
+    let mut stale = Arc::into_inner(batch(Qos::AtLeastOnce, b"old")).unwrap();
+    stale.expires = Some(now);
+    queue.push(&Arc::new(stale));
+    queue.push(&batch(Qos::AtLeastOnce, b"new"));
+    let taken = queue.take(usize::MAX, now + Duration::from_millis(1));
+    assert_eq!(
+        (payloads(&taken), taken.expired),
+        (vec![b"new".to_vec()], 1)
+    );
+}
+
+#[tokio::test]
+async fn a_burst_is_one_wake_up() {
+    let outbox = Arc::new(Outbox::default());
+    let queue = DeliveryQueue::new(
+        Class::Alarm,
+        0,
+        usize::MAX,
+        Overflow::Default,
+        Arc::clone(&outbox),
+        true,
+    );
+    for _ in 0..100 {
+        queue.push(&batch(Qos::AtMostOnce, b"x"));
+    }
+    outbox.ready().await;
+    assert_eq!(outbox.take().len(), 1);
+    assert_eq!(queue.take(usize::MAX, Instant::now()).entries.len(), 100);
+    assert!(queue.take(usize::MAX, Instant::now()).entries.is_empty());
+    queue.push(&batch(Qos::AtMostOnce, b"x"));
+    outbox.ready().await;
+    assert_eq!(outbox.take().len(), 1);
+}
+
+proptest! {
+    #[test]
+    fn bytes_are_always_accounted_for(
+        steps in proptest::collection::vec((0u8..6, any::<bool>(), 0usize..100), 0..100)
+    ) {
+        let queue = queue(1000, Overflow::Default);
+        let mut sent = 0u64;
+        let mut acked = 0u64;
+        for (step, reliable, size) in steps {
+            let qos = if reliable { Qos::AtLeastOnce } else { Qos::AtMostOnce };
+            match step {
+                0..3 => { queue.push(&batch(qos, &vec![0; size])); }
+                3 => {
+                    let taken = queue.take(300, Instant::now());
+                    sent += taken.entries.iter().filter(|e| e.batch.qos == Qos::AtLeastOnce).count() as u64;
+                }
+                4 => { acked = sent.min(acked + 1); queue.acknowledge(acked); }
+                _ => { queue.offline(); queue.online(); sent = 0; acked = 0; }
+            }
+            prop_assert!(queue.bytes() <= 1000);
+        }
+        while !queue.take(usize::MAX, Instant::now()).entries.is_empty() {}
+        queue.acknowledge(u64::MAX);
+        prop_assert_eq!(queue.bytes(), 0);
+    }
+}

@@ -1,0 +1,287 @@
+//! Who wants what: subscriptions of one tenant by topic filter, and the route of a topic.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use selvedge_proto::message::Qos;
+use selvedge_proto::topic::{FilterLevel, ShareGroup, TopicName};
+
+use crate::session::Subscriber;
+
+/// The subscriptions of one tenant. Every change raises the generation, which is how cached routes
+/// notice.
+#[derive(Debug, Default)]
+pub struct Router {
+    root: RwLock<Node>,
+    generation: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Node {
+    children: HashMap<Box<str>, Self>,
+    plus: Option<Box<Self>>,
+    here: Subscribers,
+    /// Subscriptions that end in `#` at this level.
+    below: Subscribers,
+}
+
+#[derive(Debug, Default)]
+struct Subscribers {
+    single: Vec<Arc<Subscriber>>,
+    groups: Vec<(ShareGroup, Arc<Group>)>,
+}
+
+/// The members of one share group on one filter; each message goes to one of them.
+#[derive(Debug, Default)]
+pub struct Group {
+    members: Mutex<Vec<Arc<Subscriber>>>,
+    next: AtomicUsize,
+}
+
+/// Where the messages of one topic from one session go.
+#[derive(Debug, Default)]
+pub struct Route {
+    /// Generation of the router it was made from.
+    pub generation: u64,
+    /// One per receiving lane group.
+    pub targets: Vec<Target>,
+    /// One member of each gets a message.
+    pub groups: Vec<Arc<Group>>,
+}
+
+/// One receiver of a topic.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// A subscription that leads there; others of the same session may, too.
+    pub subscriber: Arc<Subscriber>,
+    /// Highest quality of service that the matching subscriptions take.
+    pub max_qos: Qos,
+}
+
+impl Router {
+    /// The generation now. A route of an older one is stale.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Adds a subscription.
+    pub fn insert(&self, subscriber: Arc<Subscriber>) {
+        let mut root = self.root.write();
+        let mut node = &mut *root;
+        let target = subscriber.target.clone();
+        let mut below = false;
+        for level in target.filter.levels() {
+            match level {
+                FilterLevel::Literal(literal) => {
+                    if !node.children.contains_key(literal) {
+                        node.children.insert(literal.into(), Node::default());
+                    }
+                    node = node
+                        .children
+                        .get_mut(literal)
+                        .expect("it was just inserted");
+                }
+                FilterLevel::One => node = node.plus.get_or_insert_default(),
+                FilterLevel::Rest => below = true,
+            }
+        }
+        let subscribers = if below {
+            &mut node.below
+        } else {
+            &mut node.here
+        };
+        subscribers.insert(subscriber);
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Takes a subscription out; `false` when it is not there.
+    pub fn remove(&self, subscriber: &Subscriber) -> bool {
+        let levels: Vec<FilterLevel<'_>> = subscriber.target.filter.levels().collect();
+        let mut root = self.root.write();
+        let removed = root.remove(&levels, subscriber);
+        if removed {
+            self.generation.fetch_add(1, Ordering::Release);
+        }
+        removed
+    }
+
+    /// The route of a topic published by the session with the id `publisher`.
+    pub fn route(&self, topic: &TopicName, publisher: u64) -> Route {
+        let root = self.root.read();
+        let mut route = Route {
+            generation: self.generation(),
+            ..Route::default()
+        };
+        let levels: Vec<&str> = topic.levels().collect();
+        let mut found = Vec::new();
+        root.find(&levels, !topic.is_system(), &mut |subscribers| {
+            found.push(subscribers)
+        });
+        // Position of a session's shared lanes among the targets.
+        let mut shared: HashMap<u64, usize> = HashMap::new();
+        for subscribers in found {
+            for subscriber in &subscribers.single {
+                if !is_receiver(subscriber, topic, publisher) {
+                    continue;
+                }
+                if !subscriber.own_lane
+                    && let Some(&position) = shared.get(&subscriber.session_id)
+                {
+                    let target: &mut Target = &mut route.targets[position];
+                    target.max_qos = target.max_qos.max(subscriber.max_qos);
+                    continue;
+                }
+                if !subscriber.own_lane {
+                    shared.insert(subscriber.session_id, route.targets.len());
+                }
+                route.targets.push(Target {
+                    subscriber: Arc::clone(subscriber),
+                    max_qos: subscriber.max_qos,
+                });
+            }
+            route.groups.extend(
+                subscribers
+                    .groups
+                    .iter()
+                    .map(|(_, group)| Arc::clone(group)),
+            );
+        }
+        route
+    }
+}
+
+impl Group {
+    /// The member that gets the next message of `topic`: in turn, and of those with a connection
+    /// and room first. `None` when policy keeps the topic from all of them.
+    pub fn choose(&self, topic: &TopicName, publisher: u64) -> Option<Arc<Subscriber>> {
+        let members = self.members.lock();
+        let start = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut fallback = None;
+        for offset in 0..members.len() {
+            let member = &members[(start.wrapping_add(offset)) % members.len()];
+            if !is_receiver(member, topic, publisher) {
+                continue;
+            }
+            if member.queues.iter().all(|queue| queue.has_room()) {
+                return Some(Arc::clone(member));
+            }
+            fallback.get_or_insert_with(|| Arc::clone(member));
+        }
+        fallback
+    }
+}
+
+/// Whether a subscription that matches the topic's levels gets what this session publishes there.
+pub fn is_receiver(subscriber: &Subscriber, topic: &TopicName, publisher: u64) -> bool {
+    let own = subscriber.no_local && subscriber.session_id == publisher;
+    let denied = subscriber
+        .residual
+        .iter()
+        .any(|filter| filter.matches(topic));
+    !own && !denied
+}
+
+impl Node {
+    fn find<'a>(
+        &'a self,
+        levels: &[&str],
+        wildcards: bool,
+        found: &mut impl FnMut(&'a Subscribers),
+    ) {
+        if wildcards {
+            found(&self.below);
+        }
+        let Some((&level, rest)) = levels.split_first() else {
+            found(&self.here);
+            return;
+        };
+        if let Some(child) = self.children.get(level) {
+            child.find(rest, true, found);
+        }
+        if wildcards && let Some(plus) = &self.plus {
+            plus.find(rest, true, found);
+        }
+    }
+
+    fn remove(&mut self, levels: &[FilterLevel<'_>], subscriber: &Subscriber) -> bool {
+        match levels.split_first() {
+            None => self.here.remove(subscriber),
+            Some((FilterLevel::Rest, _)) => self.below.remove(subscriber),
+            Some((FilterLevel::One, rest)) => {
+                let Some(plus) = &mut self.plus else {
+                    return false;
+                };
+                let removed = plus.remove(rest, subscriber);
+                if plus.is_empty() {
+                    self.plus = None;
+                }
+                removed
+            }
+            Some((FilterLevel::Literal(literal), rest)) => {
+                let Some(child) = self.children.get_mut(*literal) else {
+                    return false;
+                };
+                let removed = child.remove(rest, subscriber);
+                if child.is_empty() {
+                    self.children.remove(*literal);
+                }
+                removed
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.children.is_empty()
+            && self.plus.is_none()
+            && self.here.is_empty()
+            && self.below.is_empty()
+    }
+}
+
+impl Subscribers {
+    fn insert(&mut self, subscriber: Arc<Subscriber>) {
+        let Some(share) = &subscriber.target.share else {
+            self.single.push(subscriber);
+            return;
+        };
+        let group = match self.groups.iter().find(|(name, _)| name == share) {
+            Some((_, group)) => group,
+            None => {
+                self.groups.push((share.clone(), Arc::default()));
+                &self.groups[self.groups.len() - 1].1
+            }
+        };
+        group.members.lock().push(subscriber);
+    }
+
+    fn remove(&mut self, subscriber: &Subscriber) -> bool {
+        let is_it = |held: &Arc<Subscriber>| std::ptr::eq(&raw const **held, subscriber);
+        let Some(share) = &subscriber.target.share else {
+            let position = self.single.iter().position(is_it);
+            return position
+                .map(|position| self.single.swap_remove(position))
+                .is_some();
+        };
+        let Some(place) = self.groups.iter().position(|(name, _)| name == share) else {
+            return false;
+        };
+        let mut members = self.groups[place].1.members.lock();
+        let position = members.iter().position(is_it);
+        let removed = position
+            .map(|position| members.swap_remove(position))
+            .is_some();
+        let empty = members.is_empty();
+        drop(members);
+        if empty {
+            self.groups.swap_remove(place);
+        }
+        removed
+    }
+
+    fn is_empty(&self) -> bool {
+        self.single.is_empty() && self.groups.is_empty()
+    }
+}

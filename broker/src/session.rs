@@ -1,0 +1,359 @@
+//! Sessions: what belongs to an identity while its connections come and go.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use selvedge_certs::Identity;
+use selvedge_proto::message::{Class, Qos};
+use selvedge_proto::status::Status;
+use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
+use tokio_util::sync::CancellationToken;
+
+use crate::queue::{DeliveryQueue, Outbox, Overflow};
+
+/// Which session: identity and name, never the name alone.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SessionKey {
+    /// The owner, from its certificate.
+    pub identity: Identity,
+    /// Chosen by the owner: session name or MQTT client id.
+    pub name: Arc<str>,
+}
+
+/// One subscription of one session, as the router holds it.
+#[derive(Debug)]
+pub struct Subscriber {
+    /// Unique within the session.
+    pub id: u32,
+    /// Id of the session, unique within the broker.
+    pub session_id: u64,
+    /// Filter and share group.
+    pub target: SubscribeTarget,
+    /// Messages above this quality of service are delivered at it.
+    pub max_qos: Qos,
+    /// Leave out what the same session published (MQTT 5.0 section 3.8.3.1).
+    pub no_local: bool,
+    /// Deliver with the retain flag as published (MQTT 5.0 section 3.8.3.1).
+    pub retain_as_published: bool,
+    /// MQTT subscription identifier (MQTT 5.0 section 3.8.2.1.2).
+    pub identifier: Option<u32>,
+    /// Topics within the filter that policy denies.
+    pub residual: Arc<[TopicFilter]>,
+    /// Whether its lanes are its own.
+    pub own_lane: bool,
+    /// Where its messages go, by class.
+    pub queues: [Arc<DeliveryQueue>; 3],
+    /// The session, to end its connection when its policy says so.
+    pub session: Weak<Session>,
+}
+
+/// A message the broker publishes when a session's connection is lost.
+#[derive(Debug, Clone)]
+pub struct Will {
+    /// Where.
+    pub topic: TopicName,
+    /// What.
+    pub payload: Bytes,
+    /// Quality of service.
+    pub qos: Qos,
+    /// Keep as the topic's retained message.
+    pub retain: bool,
+    /// Wait this long for the session to come back.
+    pub delay: Duration,
+    /// Encoded `MessageHeader`, if any.
+    pub header: Option<Bytes>,
+}
+
+/// Ends one connection from outside, with the status to tell it.
+#[derive(Debug, Clone, Default)]
+pub struct Kick {
+    token: CancellationToken,
+    status: Arc<OnceLock<Status>>,
+}
+
+impl Kick {
+    /// Ends the connection. The first status counts.
+    pub fn kick(&self, status: Status) {
+        let _ = self.status.set(status);
+        self.token.cancel();
+    }
+
+    /// Waits for the end.
+    pub async fn kicked(&self) -> Status {
+        self.token.cancelled().await;
+        self.status.get().cloned().unwrap_or_else(|| {
+            Status::new(
+                selvedge_proto::status::Code::Unavailable,
+                "the connection is ended",
+            )
+        })
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    subscriptions: HashMap<u32, Arc<Subscriber>>,
+    attached: Option<(u64, Kick)>,
+    /// Counts connections, so that a late detach of an old one is told apart.
+    epoch: u64,
+    expiry: Duration,
+    detached_at: Option<Instant>,
+    will: Option<Will>,
+    next_id: u32,
+}
+
+/// What belongs to an identity (and session name): subscriptions and queues.
+#[derive(Debug)]
+pub struct Session {
+    /// Unique within the broker, never reused.
+    pub id: u64,
+    /// Owner and name.
+    pub key: SessionKey,
+    /// Bell and ready list of all its queues.
+    pub outbox: Arc<Outbox>,
+    /// Queues of the shared lanes, by class.
+    pub shared: [Arc<DeliveryQueue>; 3],
+    queue_limit: usize,
+    state: Mutex<State>,
+}
+
+impl Session {
+    /// A new session with empty queues of at most `queue_limit` bytes each.
+    pub fn new(id: u64, key: SessionKey, queue_limit: usize) -> Arc<Self> {
+        let outbox = Arc::new(Outbox::default());
+        let shared = queues(0, queue_limit, Overflow::Default, &outbox, false);
+        Arc::new(Self {
+            id,
+            key,
+            outbox,
+            shared,
+            queue_limit,
+            state: Mutex::new(State {
+                subscriptions: HashMap::new(),
+                attached: None,
+                epoch: 0,
+                expiry: Duration::ZERO,
+                detached_at: None,
+                will: None,
+                next_id: 1,
+            }),
+        })
+    }
+
+    /// Connects a connection to the session: its number for [`Self::detach`], and the connection
+    /// that held the session until now.
+    pub fn attach(&self, kick: Kick, expiry: Duration, will: Option<Will>) -> (u64, Option<Kick>) {
+        let mut state = self.state.lock();
+        state.epoch += 1;
+        let epoch = state.epoch;
+        let previous = state.attached.replace((epoch, kick)).map(|(_, kick)| kick);
+        state.expiry = expiry;
+        state.detached_at = None;
+        state.will = will;
+        let queues = all_queues(&self.shared, &state);
+        drop(state);
+        for queue in queues {
+            // A connection that is taken over leaves its unacknowledged messages to the next.
+            queue.offline();
+            queue.online();
+        }
+        (epoch, previous)
+    }
+
+    /// Takes the connection off, unless another one has the session by now. The answer says what
+    /// to do next.
+    pub fn detach(&self, epoch: u64, end: ConnectionEnd, now: Instant) -> Detached {
+        let mut state = self.state.lock();
+        if state
+            .attached
+            .as_ref()
+            .is_none_or(|(held, _)| *held != epoch)
+        {
+            return Detached::NotHeld;
+        }
+        state.attached = None;
+        state.detached_at = Some(now);
+        if let ConnectionEnd::Clean {
+            expiry: Some(expiry),
+        } = end
+        {
+            state.expiry = expiry;
+        }
+        let will = state.will.take();
+        let will = if matches!(end, ConnectionEnd::Clean { .. }) {
+            None
+        } else {
+            will
+        };
+        let expiry = state.expiry;
+        let queues = all_queues(&self.shared, &state);
+        drop(state);
+        let dropped = queues.iter().map(|queue| queue.offline()).sum();
+        Detached::Held {
+            expiry,
+            will,
+            dropped,
+        }
+    }
+
+    /// Whether the session is without a connection for longer than its expiry.
+    pub fn is_expired(&self, now: Instant) -> bool {
+        let state = self.state.lock();
+        state.attached.is_none()
+            && state
+                .detached_at
+                .is_some_and(|since| now.saturating_duration_since(since) >= state.expiry)
+    }
+
+    /// Whether a connection is attached.
+    pub fn is_online(&self) -> bool {
+        self.state.lock().attached.is_some()
+    }
+
+    /// Number of the connection that holds the session now or held it last.
+    pub fn epoch(&self) -> u64 {
+        self.state.lock().epoch
+    }
+
+    /// Ends the connection, if there is one.
+    pub fn kick(&self, status: Status) {
+        let kick = self
+            .state
+            .lock()
+            .attached
+            .as_ref()
+            .map(|(_, kick)| kick.clone());
+        if let Some(kick) = kick {
+            kick.kick(status);
+        }
+    }
+
+    /// Queues for a subscription: the shared ones, or new ones of its own.
+    pub fn queues_for(
+        &self,
+        id: u32,
+        own_lane: bool,
+        overflow: Overflow,
+    ) -> [Arc<DeliveryQueue>; 3] {
+        if own_lane {
+            queues(
+                id,
+                self.queue_limit,
+                overflow,
+                &self.outbox,
+                self.is_online(),
+            )
+        } else {
+            self.shared.clone()
+        }
+    }
+
+    /// Adds a subscription or replaces the one with its id, which is returned.
+    pub fn insert(&self, subscriber: Arc<Subscriber>) -> Option<Arc<Subscriber>> {
+        let mut state = self.state.lock();
+        state.next_id = state.next_id.max(subscriber.id.saturating_add(1));
+        state.subscriptions.insert(subscriber.id, subscriber)
+    }
+
+    /// Takes a subscription out.
+    pub fn remove(&self, id: u32) -> Option<Arc<Subscriber>> {
+        let removed = self.state.lock().subscriptions.remove(&id);
+        if let Some(subscriber) = &removed
+            && subscriber.own_lane
+        {
+            for queue in &subscriber.queues {
+                queue.close();
+            }
+        }
+        removed
+    }
+
+    /// The subscription with this id.
+    pub fn subscription(&self, id: u32) -> Option<Arc<Subscriber>> {
+        self.state.lock().subscriptions.get(&id).cloned()
+    }
+
+    /// The subscription to exactly this filter and share group (MQTT names subscriptions so).
+    pub fn find(&self, target: &SubscribeTarget) -> Option<Arc<Subscriber>> {
+        self.state
+            .lock()
+            .subscriptions
+            .values()
+            .find(|subscriber| subscriber.target == *target)
+            .cloned()
+    }
+
+    /// An id that no subscription of the session has, for protocols without ids.
+    pub fn free_id(&self) -> u32 {
+        self.state.lock().next_id
+    }
+
+    /// All subscriptions.
+    pub fn subscriptions(&self) -> Vec<Arc<Subscriber>> {
+        self.state.lock().subscriptions.values().cloned().collect()
+    }
+
+    /// How many subscriptions there are.
+    pub fn subscription_count(&self) -> usize {
+        self.state.lock().subscriptions.len()
+    }
+
+    /// Closes every queue; returns how many messages are lost with them.
+    pub fn close(&self) -> u64 {
+        let state = self.state.lock();
+        let queues = all_queues(&self.shared, &state);
+        drop(state);
+        queues.iter().map(|queue| queue.close()).sum()
+    }
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectionEnd {
+    /// The client said so: no will. It may have changed the session's expiry.
+    Clean {
+        /// New expiry, if given.
+        expiry: Option<Duration>,
+    },
+    /// Anything else.
+    Lost,
+}
+
+/// What [`Session::detach`] found.
+#[derive(Debug)]
+pub enum Detached {
+    /// Another connection has the session; nothing to do.
+    NotHeld,
+    /// The session is without a connection now.
+    Held {
+        /// How long it is kept.
+        expiry: Duration,
+        /// To be published after its delay.
+        will: Option<Will>,
+        /// QoS 0 messages that were waiting and are lost.
+        dropped: u64,
+    },
+}
+
+fn queues(
+    id: u32,
+    limit: usize,
+    overflow: Overflow,
+    outbox: &Arc<Outbox>,
+    online: bool,
+) -> [Arc<DeliveryQueue>; 3] {
+    Class::ALL
+        .map(|class| DeliveryQueue::new(class, id, limit, overflow, Arc::clone(outbox), online))
+}
+
+fn all_queues(shared: &[Arc<DeliveryQueue>; 3], state: &State) -> Vec<Arc<DeliveryQueue>> {
+    let own = state
+        .subscriptions
+        .values()
+        .filter(|subscriber| subscriber.own_lane)
+        .flat_map(|subscriber| subscriber.queues.iter());
+    shared.iter().chain(own).cloned().collect()
+}

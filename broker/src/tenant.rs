@@ -1,0 +1,426 @@
+//! One tenant: its sessions, subscriptions, retained messages, services and models.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use dashmap::DashMap;
+use selvedge_certs::Identity;
+use selvedge_proto::frame;
+use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::message::{Class, Properties, Qos};
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::topic::{SubscribeTarget, TopicName};
+
+use crate::batch::{Batch, Flow};
+use crate::config::Limits;
+use crate::fabric::Fabric;
+use crate::metrics::Metrics;
+use crate::models::Models;
+use crate::policy::{FilterDecision, IdentityPolicy};
+use crate::publisher::Publisher;
+use crate::queue::Overflow;
+use crate::retained::Retained;
+use crate::router::Router;
+use crate::services::Services;
+use crate::session::{ConnectionEnd, Detached, Kick, Session, SessionKey, Subscriber, Will};
+
+/// Everything that one tenant has on this broker. No name in it reaches another tenant.
+#[derive(Debug)]
+pub struct Tenant {
+    /// From the certificates of its members.
+    pub name: Arc<str>,
+    /// Subscriptions.
+    pub router: Router,
+    /// Retained messages.
+    pub retained: Retained,
+    /// Who answers calls.
+    pub services: Services,
+    /// Who runs models.
+    pub models: Models,
+    limits: Limits,
+    metrics: Arc<Metrics>,
+    sessions: DashMap<SessionKey, Arc<Session>>,
+    next_flow: AtomicU64,
+}
+
+/// What a client asks for when it connects.
+#[derive(Debug)]
+pub struct Connect {
+    /// Whose session.
+    pub key: SessionKey,
+    /// Start empty even if a session is kept.
+    pub clean_start: bool,
+    /// How long to keep the session without a connection.
+    pub expiry: Duration,
+    /// Published when the connection is lost.
+    pub will: Option<Will>,
+}
+
+/// A connection's hold on its session.
+#[derive(Debug)]
+pub struct Attachment {
+    /// The session.
+    pub session: Arc<Session>,
+    /// Number of this connection within the session.
+    pub epoch: u64,
+    /// The session was kept: its subscriptions are in place.
+    pub present: bool,
+    /// Fires when the connection must end.
+    pub kick: Kick,
+}
+
+/// What a subscription asks for.
+#[derive(Debug, Clone)]
+pub struct SubscribeRequest {
+    /// Unique within the session; an existing subscription of this id is replaced.
+    pub id: u32,
+    /// Filter and share group.
+    pub target: SubscribeTarget,
+    /// Highest quality of service wanted.
+    pub max_qos: Qos,
+    /// See [`Subscriber::no_local`].
+    pub no_local: bool,
+    /// See [`Subscriber::retain_as_published`].
+    pub retain_as_published: bool,
+    /// See [`Subscriber::identifier`].
+    pub identifier: Option<u32>,
+    /// Lanes of its own; a share group always has them.
+    pub own_lane: bool,
+    /// What a full queue does; only lanes of its own can differ from the default.
+    pub overflow: Overflow,
+    /// When to send retained messages.
+    pub retain: RetainDelivery,
+}
+
+/// When a subscription is sent the retained messages (MQTT 5.0 section 3.8.3.1, Retain Handling).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RetainDelivery {
+    /// Always.
+    #[default]
+    Send,
+    /// When the subscription is new.
+    IfNew,
+    /// Never.
+    Never,
+}
+
+impl Tenant {
+    pub(crate) fn new(name: Arc<str>, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        Self {
+            name,
+            router: Router::default(),
+            retained: Retained::new(limits.retained_messages, limits.retained_bytes),
+            services: Services::default(),
+            models: Models::default(),
+            limits,
+            metrics,
+            sessions: DashMap::new(),
+            next_flow: AtomicU64::new(1),
+        }
+    }
+
+    /// Connects to a session: the one kept under this identity and name, or a new one. A
+    /// connection that holds it is told to go.
+    pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Attachment {
+        let kick = Kick::default();
+        let now = Instant::now();
+        if connect.clean_start {
+            self.end_session(&connect.key, "a new connection asked for a clean start");
+        }
+        let mut present = true;
+        let (session, epoch, previous) = loop {
+            let session = Arc::clone(&self.sessions.entry(connect.key.clone()).or_insert_with(
+                || {
+                    present = false;
+                    self.metrics.sessions.inc();
+                    Session::new(
+                        fabric.session_id(),
+                        connect.key.clone(),
+                        self.limits.queue_bytes,
+                    )
+                },
+            ));
+            if present && session.is_expired(now) {
+                self.remove_session(&session);
+                continue;
+            }
+            let (epoch, previous) =
+                session.attach(kick.clone(), connect.expiry, connect.will.clone());
+            // It may have expired between look-up and attach.
+            if self
+                .sessions
+                .get(&connect.key)
+                .is_some_and(|held| held.id == session.id)
+            {
+                break (session, epoch, previous);
+            }
+            present = true;
+        };
+        if let Some(previous) = previous {
+            previous.kick(Status::new(
+                Code::Aborted,
+                "the session was taken over by another connection of the same identity",
+            ));
+        }
+        Attachment {
+            session,
+            epoch,
+            present,
+            kick,
+        }
+    }
+
+    /// Ends a connection's hold on its session, publishes the will and forgets a session that is
+    /// not kept.
+    pub fn detach(
+        self: &Arc<Self>,
+        fabric: &Arc<Fabric>,
+        attachment: &Attachment,
+        end: ConnectionEnd,
+    ) {
+        let session = &attachment.session;
+        let Detached::Held {
+            expiry,
+            will,
+            dropped,
+        } = session.detach(attachment.epoch, end, Instant::now())
+        else {
+            return;
+        };
+        self.metrics.dropped_offline.inc_by(dropped);
+        if expiry.is_zero() {
+            self.remove_session(session);
+        }
+        let Some(will) = will else {
+            return;
+        };
+        // MQTT 5.0 section 3.1.3.2.2: at the end of the delay or of the session, whichever is first.
+        let delay = will.delay.min(expiry);
+        let (tenant, fabric) = (Arc::clone(self), Arc::clone(fabric));
+        let (session, epoch) = (Arc::clone(session), attachment.epoch);
+        if delay.is_zero() {
+            tenant.publish_will(&fabric, &session, &will);
+        } else {
+            let tasks = fabric.tasks.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = fabric.shutdown.cancelled() => return,
+                }
+                if session.epoch() == epoch {
+                    tenant.publish_will(&fabric, &session, &will);
+                }
+            });
+        }
+    }
+
+    fn publish_will(self: &Arc<Self>, fabric: &Arc<Fabric>, session: &Arc<Session>, will: &Will) {
+        let publisher = Publisher::new(fabric, Arc::clone(self), session);
+        let published = publisher.publish_one(
+            &will.topic,
+            Class::Normal,
+            will.qos,
+            will.retain,
+            will.header.as_ref(),
+            &will.payload,
+        );
+        if let Err(status) = published {
+            tracing::debug!(identity = %session.key.identity, %status, "the will was refused");
+        }
+    }
+
+    /// Adds a subscription to a session.
+    ///
+    /// # Errors
+    /// Policy denies it, or the session has as many subscriptions as it may.
+    pub fn subscribe(
+        &self,
+        session: &Arc<Session>,
+        policy: &IdentityPolicy,
+        request: SubscribeRequest,
+    ) -> Result<(), Status> {
+        let residual = match policy.decide_filter(&request.target.filter) {
+            FilterDecision::Allowed { residual, .. } => residual,
+            FilterDecision::Denied(denial) => {
+                self.metrics.deny("subscribe");
+                return Err(denial.into());
+            }
+        };
+        let previous = session.subscription(request.id);
+        if previous.is_none()
+            && session.subscription_count() >= self.limits.subscriptions_per_session
+        {
+            return Err(Status::new(
+                Code::ResourceExhausted,
+                format!(
+                    "the session has {} subscriptions, the most it may",
+                    self.limits.subscriptions_per_session
+                ),
+            ));
+        }
+        let own_lane = request.own_lane || request.target.share.is_some();
+        let reuse = previous
+            .as_ref()
+            .filter(|previous| previous.own_lane == own_lane && previous.target == request.target);
+        let subscriber = Arc::new(Subscriber {
+            id: request.id,
+            session_id: session.id,
+            max_qos: request.max_qos,
+            no_local: request.no_local,
+            retain_as_published: request.retain_as_published,
+            identifier: request.identifier,
+            residual,
+            own_lane,
+            queues: match reuse {
+                Some(previous) => previous.queues.clone(),
+                None => session.queues_for(request.id, own_lane, request.overflow),
+            },
+            session: Arc::downgrade(session),
+            target: request.target,
+        });
+        let is_new = reuse.is_none();
+        if reuse.is_none()
+            && let Some(previous) = session.remove(request.id)
+        {
+            self.router.remove(&previous);
+            self.metrics.subscriptions.dec();
+        }
+        if let Some(previous) = session.insert(Arc::clone(&subscriber)) {
+            self.router.remove(&previous);
+            self.metrics.subscriptions.dec();
+        }
+        self.router.insert(Arc::clone(&subscriber));
+        self.metrics.subscriptions.inc();
+        // MQTT 5.0 section 4.8.2: retained messages are not sent to a shared subscription.
+        let send = match request.retain {
+            RetainDelivery::Send => true,
+            RetainDelivery::IfNew => is_new,
+            RetainDelivery::Never => false,
+        } && subscriber.target.share.is_none();
+        if send {
+            self.deliver_retained(&subscriber);
+        }
+        Ok(())
+    }
+
+    /// Takes a subscription off a session; `false` when there is none of this id.
+    pub fn unsubscribe(&self, session: &Session, id: u32) -> bool {
+        let Some(subscriber) = session.remove(id) else {
+            return false;
+        };
+        self.router.remove(&subscriber);
+        self.metrics.subscriptions.dec();
+        true
+    }
+
+    /// The sessions kept now.
+    pub fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions
+            .iter()
+            .map(|session| Arc::clone(&session))
+            .collect()
+    }
+
+    pub(crate) fn expire_sessions(&self, now: Instant) {
+        for session in self.sessions() {
+            if session.is_expired(now) {
+                self.remove_session(&session);
+            }
+        }
+    }
+
+    /// A flow for a topic that a session publishes to.
+    pub(crate) fn flow(&self, topic: TopicName, publisher: &Identity, session: u64) -> Arc<Flow> {
+        // Ids come round after 2^30 flows; lanes tell flows apart by more than the id.
+        let serial = self.next_flow.fetch_add(1, Ordering::Relaxed);
+        let id = (serial % (frame::MAX_FRAME as u64)) as u32 + 1;
+        Arc::new(Flow::new(id, topic, publisher.clone(), session))
+    }
+
+    fn deliver_retained(&self, subscriber: &Subscriber) {
+        self.retained
+            .for_each(&subscriber.target.filter, |message| {
+                if subscriber
+                    .residual
+                    .iter()
+                    .any(|filter| filter.matches(&message.flow.topic))
+                {
+                    return;
+                }
+                let qos = message.qos.min(subscriber.max_qos);
+                let batch = if qos == message.qos {
+                    Arc::clone(message)
+                } else {
+                    Arc::new(reencode(message, qos))
+                };
+                let pushed = subscriber.queues[batch.class.index()].push(&batch);
+                if pushed == crate::queue::Pushed::Full {
+                    self.metrics.dropped_overflow.inc();
+                }
+            });
+    }
+
+    fn end_session(&self, key: &SessionKey, why: &str) {
+        if let Some(session) = self.sessions.get(key).map(|session| Arc::clone(&session)) {
+            session.kick(Status::new(Code::Aborted, why));
+            self.remove_session(&session);
+        }
+    }
+
+    fn remove_session(&self, session: &Arc<Session>) {
+        let removed = self
+            .sessions
+            .remove_if(&session.key, |_, held| held.id == session.id);
+        if removed.is_none() {
+            return;
+        }
+        self.metrics.sessions.dec();
+        for subscriber in session.subscriptions() {
+            self.router.remove(&subscriber);
+            self.metrics.subscriptions.dec();
+        }
+        self.metrics.dropped_session_ended.inc_by(session.close());
+    }
+}
+
+/// The one message of a batch again, with another quality of service.
+pub(crate) fn reencode(batch: &Batch, qos: Qos) -> Batch {
+    let mut frames = BytesMut::with_capacity(batch.frames.len() + batch.payload.len());
+    for message in batch.messages() {
+        lane::put_message(
+            &mut frames,
+            Flags::new(qos).with_retain(batch.retain),
+            batch.flow.id,
+            message.header.as_deref(),
+            &message.payload,
+        );
+    }
+    Batch {
+        flow: Arc::clone(&batch.flow),
+        class: batch.class,
+        qos,
+        retain: batch.retain,
+        retain_as_published: batch.retain_as_published,
+        count: batch.count,
+        frames: frames.freeze(),
+        payload: Bytes::new(),
+        expires: batch.expires,
+    }
+}
+
+/// When a message with this header loses its worth.
+///
+/// # Errors
+/// The header does not decode.
+pub(crate) fn expiry_of(
+    header: Option<&[u8]>,
+    now: Instant,
+) -> Result<Option<Instant>, frame::FrameError> {
+    let Some(header) = header else {
+        return Ok(None);
+    };
+    let properties = Properties::decode(header)?;
+    Ok(properties.expiry.and_then(|expiry| now.checked_add(expiry)))
+}
