@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use selvedge_certs::Identity;
 use selvedge_proto::status::{Code, Status};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -33,6 +34,8 @@ pub struct Fabric {
     pub tasks: TaskTracker,
     /// When the broker started.
     pub started: Instant,
+    /// One permit for each connection that may still be accepted, all listeners together.
+    pub connection_slots: Arc<Semaphore>,
     policy: ArcSwap<Policy>,
     tenants: DashMap<Arc<str>, Arc<Tenant>>,
     next_session: AtomicU64,
@@ -44,6 +47,7 @@ impl Fabric {
         Arc::new(Self {
             name: name.into(),
             identity,
+            connection_slots: Arc::new(Semaphore::new(limits.connections)),
             limits,
             metrics: Arc::default(),
             shutdown: CancellationToken::new(),
