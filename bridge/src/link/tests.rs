@@ -1,0 +1,279 @@
+//! The connection against a real mosquitto: acknowledgements, sessions, echo, refusals.
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Write as _;
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::mapping::{Direction, Rule};
+use mosquitto::Mosquitto;
+
+mod mosquitto;
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn config(port: u16, client_id: &str, version: Version) -> RemoteConfig {
+    RemoteConfig {
+        name: "plant".into(),
+        host: "127.0.0.1".into(),
+        port,
+        tls: None,
+        version,
+        client_id: client_id.into(),
+        login: None,
+        keep_alive: Duration::from_secs(30),
+        clean_session: false,
+        session_expiry: Duration::from_secs(60),
+        reconnect_max: Duration::from_secs(1),
+        max_packet_bytes: 1 << 20,
+        outbox_bytes: 1 << 20,
+        rules: vec![Rule::new(Direction::In, "#", "", "").unwrap()],
+    }
+}
+
+struct Peer {
+    link: Link,
+    events: mpsc::Receiver<Event>,
+    limits: Limits,
+}
+
+impl Peer {
+    async fn connect(config: &RemoteConfig) -> Self {
+        let (link, mut events) = Link::open(config).await.unwrap();
+        loop {
+            match timeout(SOON, events.recv()).await.unwrap().unwrap() {
+                Event::Connected(limits) => {
+                    return Self {
+                        link,
+                        events,
+                        limits,
+                    };
+                }
+                Event::Alive => {}
+                other => panic!("expected a connection, found {other:?}"),
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Event {
+        loop {
+            match timeout(SOON, self.events.recv()).await.unwrap().unwrap() {
+                Event::Alive => {}
+                event => return event,
+            }
+        }
+    }
+
+    async fn subscribe(&mut self, filter: &str) {
+        let filter = TopicFilter::parse(filter).unwrap();
+        assert!(
+            self.link
+                .try_subscribe(&[(filter, Qos::AtLeastOnce)], false)
+        );
+        let event = self.next().await;
+        assert!(
+            matches!(&event, Event::Subscribed(granted) if granted[..] == [Ok(())]),
+            "{event:?}"
+        );
+    }
+
+    /// Publishes and waits for the acknowledgement.
+    async fn publish(&mut self, packet: &Packet) {
+        assert!(self.link.try_publish(packet));
+        let Event::Sent(packet_id) = self.next().await else {
+            panic!("expected the packet id");
+        };
+        let event = self.next().await;
+        assert!(
+            matches!(event, Event::Answered(id, Ok(())) if id == packet_id),
+            "{event:?}"
+        );
+    }
+
+    async fn message(&mut self) -> Incoming {
+        match self.next().await {
+            Event::Message(incoming) => *incoming,
+            other => panic!("expected a message, found {other:?}"),
+        }
+    }
+
+    /// Says goodbye; everything requested before it has been written.
+    async fn disconnect(mut self) {
+        assert!(self.link.try_disconnect());
+        let event = self.next().await;
+        assert!(matches!(event, Event::Disconnected), "{event:?}");
+    }
+}
+
+fn packet(topic: &str, payload: &str) -> Packet {
+    Packet {
+        topic: Bytes::copy_from_slice(topic.as_bytes()),
+        payload: Bytes::copy_from_slice(payload.as_bytes()),
+        qos: Qos::AtLeastOnce,
+        retain: false,
+        properties: Properties::default(),
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_acknowledged_is_sent_again_and_what_is_acknowledged_is_not() {
+    let mosquitto = Mosquitto::start("");
+    for (version, id) in [(Version::V311, "old"), (Version::V5, "new")] {
+        let config = config(mosquitto.port, id, version);
+        let topic = format!("{id}/t");
+        let mut publisher = Peer::connect(&self::config(mosquitto.port, "p", version)).await;
+
+        let mut bridge = Peer::connect(&config).await;
+        assert!(!bridge.limits.session_present);
+        bridge.subscribe(&format!("{id}/#")).await;
+        publisher.publish(&packet(&topic, "one")).await;
+        publisher.publish(&packet(&topic, "two")).await;
+        assert_eq!(bridge.message().await.packet, packet(&topic, "one"));
+        assert_eq!(bridge.message().await.packet, packet(&topic, "two"));
+        bridge.disconnect().await;
+
+        // Neither was acknowledged. Acknowledge the first only.
+        let mut bridge = Peer::connect(&config).await;
+        assert!(bridge.limits.session_present);
+        let first = bridge.message().await;
+        assert_eq!(first.packet, packet(&topic, "one"));
+        assert_eq!(bridge.message().await.packet, packet(&topic, "two"));
+        assert!(first.receipt.is_wanted());
+        assert!(bridge.link.try_ack(first.receipt));
+        bridge.disconnect().await;
+
+        let mut bridge = Peer::connect(&config).await;
+        let second = bridge.message().await;
+        assert_eq!(second.packet, packet(&topic, "two"), "{version}");
+        assert!(bridge.link.try_ack(second.receipt));
+        publisher.publish(&packet(&topic, "three")).await;
+        assert_eq!(bridge.message().await.packet, packet(&topic, "three"));
+    }
+}
+
+#[tokio::test]
+async fn properties_and_retain_survive_with_version_5() {
+    let mosquitto = Mosquitto::start("");
+    let mut bridge = Peer::connect(&config(mosquitto.port, "b", Version::V5)).await;
+    bridge.subscribe("#").await;
+    let mut publisher = Peer::connect(&config(mosquitto.port, "p", Version::V5)).await;
+    let sent = Packet {
+        retain: true,
+        properties: Properties {
+            content_type: "text/plain".into(),
+            response_topic: "answers".into(),
+            correlation_data: Bytes::from_static(b"7"),
+            user: vec![("k".into(), "v".into())],
+            traceparent: "00-01-02-03".into(),
+            payload_is_utf8: true,
+            hops: vec!["one".into(), "two".into()],
+            ..Properties::default()
+        },
+        ..packet("a", "x")
+    };
+    publisher.publish(&sent).await;
+    assert_eq!(bridge.message().await.packet, sent);
+    // mosquitto's figure; the bridge keeps below it.
+    assert_eq!(bridge.limits.receive_maximum, 20);
+}
+
+#[tokio::test]
+async fn own_messages_come_back_with_version_3_1_1_only() {
+    let mosquitto = Mosquitto::start("");
+    let mut other = Peer::connect(&config(mosquitto.port, "other", Version::V5)).await;
+    for (version, echo) in [(Version::V311, true), (Version::V5, false)] {
+        let id = format!("bridge-{version}");
+        let mut bridge = Peer::connect(&config(mosquitto.port, &id, version)).await;
+        bridge.subscribe("#").await;
+        assert!(bridge.link.try_publish(&packet("a", "own")));
+        let mut sent = None;
+        let mut echoed = false;
+        // The echo, if there is one, comes before the acknowledgement or just after it, and in any
+        // case before what another publishes after that.
+        while sent != Some(true) {
+            match bridge.next().await {
+                Event::Sent(_) => sent = Some(false),
+                Event::Answered(..) => sent = Some(true),
+                Event::Message(_) => echoed = true,
+                event => panic!("{event:?}"),
+            }
+        }
+        other.publish(&packet("a", "foreign")).await;
+        loop {
+            let message = bridge.message().await;
+            if message.packet == packet("a", "foreign") {
+                break;
+            }
+            echoed = true;
+        }
+        assert_eq!(echoed, echo, "{version}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_told_with_the_reason() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let (passwords, password) = (dir.path().join("passwords"), dir.path().join("password"));
+    let made = std::process::Command::new("mosquitto_passwd")
+        .args(["-c", "-b"])
+        .args([passwords.as_os_str(), "user".as_ref(), "right".as_ref()])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let mut extra = String::from("allow_anonymous false\n");
+    writeln!(extra, "password_file {}", passwords.display()).unwrap();
+    let mosquitto = Mosquitto::start(&extra);
+    for (version, reason) in [
+        (Version::V311, "NotAuthorized"),
+        (Version::V5, "NotAuthorized"),
+    ] {
+        let mut config = config(mosquitto.port, "b", version);
+        config.login = Some(("user".into(), password.clone()));
+        std::fs::write(&password, "right\n").unwrap();
+        Peer::connect(&config).await.disconnect().await;
+
+        std::fs::write(&password, "wrong\n").unwrap();
+        let (_link, mut events) = Link::open(&config).await.unwrap();
+        let event = timeout(SOON, events.recv()).await.unwrap().unwrap();
+        let Event::Closed(text) = event else {
+            panic!("expected a refusal, found {event:?}");
+        };
+        assert!(text.contains(reason), "{text}");
+        assert!(!text.contains("wrong"));
+    }
+}
+
+#[tokio::test]
+async fn many_messages_keep_their_order_and_each_gets_its_answer() {
+    const MESSAGES: usize = 3000;
+    let mosquitto = Mosquitto::start("max_queued_messages 0\n");
+    for version in [Version::V311, Version::V5] {
+        let mut sender = Peer::connect(&config(mosquitto.port, "s", version)).await;
+        let mut outbox = crate::outbox::Outbox::new();
+        for number in 0..MESSAGES {
+            outbox.push(packet("a", &number.to_string()));
+        }
+        // More messages than packet ids, so that ids are used again.
+        let mut answered = Vec::new();
+        while answered.len() < MESSAGES {
+            while let Some(message) = outbox.next(19) {
+                if !sender.link.try_publish(message) {
+                    break;
+                }
+                outbox.handed();
+            }
+            match sender.next().await {
+                Event::Sent(packet_id) => assert!(outbox.sent(packet_id).is_none()),
+                Event::Answered(packet_id, Ok(())) => {
+                    answered.extend(outbox.answered(packet_id));
+                }
+                event => panic!("{event:?}"),
+            }
+        }
+        let expected: Vec<Packet> = (0..MESSAGES)
+            .map(|number| packet("a", &number.to_string()))
+            .collect();
+        assert!(answered == expected, "{version}");
+    }
+}
