@@ -78,7 +78,7 @@ pub enum LoadError {
         found: Vec<String>,
     },
     /// Loading took too long. Analysis cannot be interrupted, so its thread goes on until it ends
-    /// or the process does; the worker goes on without the model.
+    /// or the process does; what follows is for the caller to decide.
     #[error(
         "model {} was not loaded within {deadline:?}; its loading thread is left behind",
         path.display()

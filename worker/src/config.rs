@@ -1,0 +1,447 @@
+//! The worker's configuration file, read whole into checked types.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use selvedge_client::{Options, Tier, TopicName};
+use toml::{Table, Value};
+
+use crate::model::ConfidenceRule;
+use crate::onnx::DEFAULT_LOAD_DEADLINE;
+
+/// Longest version of a model, in bytes.
+const MAX_VERSION_BYTES: usize = 128;
+
+/// A worker's configuration, checked.
+///
+/// ```toml
+/// tier = "edge"
+///
+/// [connect]
+/// broker = "gateway.plant.example:7443"
+/// ca = "ca.pem"
+/// cert = "worker.pem"
+/// key = "worker.key"
+///
+/// [[model]]
+/// name = "digits"
+/// path = "digits-edge.onnx"
+/// confidence = { output = "probabilities", kind = "max" }
+/// ```
+///
+/// Paths are relative to the file. A key that is not documented here is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerConfig {
+    /// `tier`, `"edge"` or `"cloud"`: where this worker runs. The broker places requests by it.
+    pub tier: Tier,
+    /// `[connect]`: the broker, and this worker's certificate.
+    pub connect: ConnectConfig,
+    /// `[[model]]`, at least one: what this worker runs.
+    pub models: Vec<ModelConfig>,
+}
+
+/// `[connect]`: the broker, and this worker's certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectConfig {
+    /// `broker`: host and port of the broker; the port is 7443 when left out.
+    pub broker: String,
+    /// `server_name`: the name the broker's certificate must carry. Default: the host of `broker`.
+    pub server_name: Option<String>,
+    /// `ca`: PEM file of the authorities whose brokers are trusted.
+    pub ca: PathBuf,
+    /// `cert`: PEM file of this worker's certificate chain.
+    pub cert: PathBuf,
+    /// `key`: PEM file of this worker's private key.
+    pub key: PathBuf,
+}
+
+/// `[[model]]`: one ONNX file, and how it is offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelConfig {
+    /// `name`: what requests ask for. It follows the rules of topic names.
+    pub name: String,
+    /// `version`. Default: `"1"`.
+    pub version: String,
+    /// `path`: the ONNX file.
+    pub path: PathBuf,
+    /// `slots`: requests answered at once; the broker never sends more. Default: the number of
+    /// cores.
+    pub slots: NonZeroU32,
+    /// `confidence`, such as `{ output = "probabilities", kind = "max" }`: how sure an answer is.
+    /// Default: answers carry no confidence, and never escalate.
+    pub confidence: Option<ConfidenceRule>,
+    /// `load_deadline`, such as `"30s"` or `"500ms"`: how long loading may take. Default: `"60s"`.
+    pub load_deadline: Duration,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("read worker configuration {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file was read, and this is all that is wrong with it.
+    #[error("worker configuration {} is refused{}", path.display(), lines(problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Everything that is wrong, in the order of the file's sections.
+        problems: Vec<Problem>,
+    },
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The key, such as `model[0].slots`; empty when the file is not TOML at all.
+    pub key: String,
+    /// What was expected and what was found.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => f.write_str(&self.message),
+            key => write!(f, "{key}: {}", self.message),
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// Reads and checks a configuration file, and that the files it names are there.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let directory = path.parent().unwrap_or(Path::new(""));
+        Self::parse(&text, directory, Path::is_file).map_err(|problems| ConfigError::Invalid {
+            path: path.to_owned(),
+            problems,
+        })
+    }
+
+    /// Checks the text of a configuration. Paths are taken relative to `directory`, and each is
+    /// put to `is_file`.
+    pub fn parse(
+        text: &str,
+        directory: &Path,
+        is_file: impl Fn(&Path) -> bool,
+    ) -> Result<Self, Vec<Problem>> {
+        let table = text.parse::<Table>().map_err(|error| {
+            let message = error.to_string().trim_end().to_owned();
+            vec![Problem {
+                key: String::new(),
+                message,
+            }]
+        })?;
+        let mut reader = Reader {
+            directory,
+            is_file: &is_file,
+            problems: Vec::new(),
+        };
+        let config = reader.worker(table);
+        match config {
+            Some(config) if reader.problems.is_empty() => Ok(config),
+            _ => Err(reader.problems),
+        }
+    }
+}
+
+/// Collects problems while it reads: each method gives `None` after adding one.
+struct Reader<'a> {
+    directory: &'a Path,
+    is_file: &'a dyn Fn(&Path) -> bool,
+    problems: Vec<Problem>,
+}
+
+/// A table that is being read: keys are taken out, and those left over are unknown.
+struct Section {
+    /// What stands before its keys in messages: empty, or `connect.`.
+    prefix: String,
+    table: Table,
+    known: Vec<&'static str>,
+}
+
+impl Reader<'_> {
+    fn worker(&mut self, table: Table) -> Option<WorkerConfig> {
+        let mut root = Section::new("", table);
+        let tier = self
+            .text(&mut root, "tier")
+            .and_then(|tier| self.tier(&tier));
+        let connect = match root.take("connect") {
+            Some(value) => self
+                .table("connect", value)
+                .and_then(|table| self.connect(table)),
+            None => self.problem("connect", "expected the section [connect], found none"),
+        };
+        let models = match root.take("model") {
+            Some(Value::Array(values)) if !values.is_empty() => Some(self.models(values)),
+            Some(other) => self.problem(
+                "model",
+                format!("expected [[model]] at least once, found {}", kind(&other)),
+            ),
+            None => self.problem("model", "expected [[model]] at least once, found none"),
+        };
+        self.finish(&root);
+        Some(WorkerConfig {
+            tier: tier?,
+            connect: connect?,
+            models: models?,
+        })
+    }
+
+    fn connect(&mut self, table: Table) -> Option<ConnectConfig> {
+        let mut section = Section::new("connect.", table);
+        let broker =
+            self.text(&mut section, "broker")
+                .and_then(|broker| match Options::new(&broker) {
+                    Ok(_) => Some(broker),
+                    Err(error) => self.problem("connect.broker", error.to_string()),
+                });
+        let server_name = self.optional_text(&mut section, "server_name");
+        let ca = self.file(&mut section, "ca");
+        let cert = self.file(&mut section, "cert");
+        let key = self.file(&mut section, "key");
+        self.finish(&section);
+        Some(ConnectConfig {
+            broker: broker?,
+            server_name,
+            ca: ca?,
+            cert: cert?,
+            key: key?,
+        })
+    }
+
+    /// The models that could be read; the problems of the others are noted.
+    fn models(&mut self, values: Vec<Value>) -> Vec<ModelConfig> {
+        let mut models = Vec::with_capacity(values.len());
+        let mut seen = HashSet::new();
+        for (index, value) in values.into_iter().enumerate() {
+            let at = format!("model[{index}]");
+            let Some(table) = self.table(&at, value) else {
+                continue;
+            };
+            let Some(model) = self.model(&at, table) else {
+                continue;
+            };
+            if !seen.insert((model.name.clone(), model.version.clone())) {
+                let (name, version) = (&model.name, &model.version);
+                let message = format!(
+                    "expected each model and version once, found `{name}` version `{version}` again"
+                );
+                self.problem::<()>(&at, message);
+            }
+            models.push(model);
+        }
+        models
+    }
+
+    fn model(&mut self, at: &str, table: Table) -> Option<ModelConfig> {
+        let mut section = Section::new(format!("{at}."), table);
+        let name = self.text(&mut section, "name").and_then(|name| {
+            match TopicName::parse(name.as_str()) {
+                Ok(_) => Some(name),
+                Err(error) => self.problem(&section.key("name"), error.to_string()),
+            }
+        });
+        let version = match self.optional_text(&mut section, "version") {
+            None => Some("1".to_owned()),
+            Some(version)
+                if (1..=MAX_VERSION_BYTES).contains(&version.len())
+                    && !version.contains(char::is_control) =>
+            {
+                Some(version)
+            }
+            Some(version) => self.problem(
+                &section.key("version"),
+                format!("expected 1 to {MAX_VERSION_BYTES} bytes of text, found {version:?}"),
+            ),
+        };
+        let path = self.file(&mut section, "path");
+        let slots = match section.take("slots") {
+            None => Some(cores()),
+            Some(value) => match value.as_integer().map(u32::try_from) {
+                Some(Ok(slots)) if slots > 0 => NonZeroU32::new(slots),
+                _ => self.problem(
+                    &section.key("slots"),
+                    format!("expected a number from 1 to {}, found {value}", u32::MAX),
+                ),
+            },
+        };
+        let confidence = match section.take("confidence") {
+            None => Some(None),
+            Some(value) => {
+                let at = section.key("confidence");
+                let table = self.table(&at, value);
+                table
+                    .and_then(|table| self.confidence(&at, table))
+                    .map(Some)
+            }
+        };
+        let load_deadline = match self.optional_text(&mut section, "load_deadline") {
+            None => Some(DEFAULT_LOAD_DEADLINE),
+            Some(text) => match duration(&text) {
+                Some(deadline) => Some(deadline),
+                None => self.problem(
+                    &section.key("load_deadline"),
+                    format!("expected a time over zero such as 30s or 500ms, found {text:?}"),
+                ),
+            },
+        };
+        self.finish(&section);
+        Some(ModelConfig {
+            name: name?,
+            version: version?,
+            path: path?,
+            slots: slots?,
+            confidence: confidence?,
+            load_deadline: load_deadline?,
+        })
+    }
+
+    fn confidence(&mut self, at: &str, table: Table) -> Option<ConfidenceRule> {
+        let mut section = Section::new(format!("{at}."), table);
+        let output = self.text(&mut section, "output");
+        let kind = self
+            .text(&mut section, "kind")
+            .and_then(|kind| match kind.as_str() {
+                "max" => Some(()),
+                _ => self.problem(
+                    &section.key("kind"),
+                    format!("expected \"max\", found {kind:?}"),
+                ),
+            });
+        self.finish(&section);
+        kind.and(output)
+            .map(|output| ConfidenceRule::Max { output })
+    }
+
+    fn tier(&mut self, tier: &str) -> Option<Tier> {
+        match tier.parse() {
+            Ok(tier) => Some(tier),
+            Err(error) => self.problem("tier", format!("{error}")),
+        }
+    }
+
+    fn table(&mut self, at: &str, value: Value) -> Option<Table> {
+        match value {
+            Value::Table(table) => Some(table),
+            other => self.problem(at, format!("expected a table, found {}", kind(&other))),
+        }
+    }
+
+    fn text(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
+        if !section.table.contains_key(key) {
+            section.known.push(key);
+            return self.problem(&section.key(key), "expected a string, found none");
+        }
+        self.optional_text(section, key)
+    }
+
+    fn optional_text(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
+        match section.take(key)? {
+            Value::String(text) => Some(text),
+            other => self.problem(
+                &section.key(key),
+                format!("expected a string, found {}", kind(&other)),
+            ),
+        }
+    }
+
+    fn file(&mut self, section: &mut Section, key: &'static str) -> Option<PathBuf> {
+        let path = self.directory.join(self.text(section, key)?);
+        if !(self.is_file)(&path) {
+            let message = format!("expected a file, found none at {}", path.display());
+            return self.problem(&section.key(key), message);
+        }
+        Some(path)
+    }
+
+    /// Refuses what nobody took: a misspelt key must not pass for one that was left out.
+    fn finish(&mut self, section: &Section) {
+        for key in section.table.keys() {
+            let known = section.known.join(", ");
+            self.problem::<()>(
+                &section.key(key),
+                format!("unknown key; expected one of {known}"),
+            );
+        }
+    }
+
+    fn problem<T>(&mut self, key: &str, message: impl Into<String>) -> Option<T> {
+        self.problems.push(Problem {
+            key: key.to_owned(),
+            message: message.into(),
+        });
+        None
+    }
+}
+
+impl Section {
+    fn new(prefix: impl Into<String>, table: Table) -> Self {
+        Section {
+            prefix: prefix.into(),
+            table,
+            known: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<Value> {
+        self.known.push(key);
+        self.table.remove(key)
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+}
+
+/// Number of cores this process may use; the default of `slots`.
+pub(crate) fn cores() -> NonZeroU32 {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(cores)
+        .ok()
+        .and_then(NonZeroU32::new)
+        .unwrap_or(NonZeroU32::MIN)
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let unit = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(unit);
+    let number: u32 = number.parse().ok().filter(|&number| number > 0)?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number.into())),
+        "s" => Some(Duration::from_secs(number.into())),
+        "m" => Some(Duration::from_secs(u64::from(number) * 60)),
+        _ => None,
+    }
+}
+
+fn kind(value: &Value) -> String {
+    match value {
+        Value::Array(values) if values.is_empty() => "an empty array".to_owned(),
+        value => format!("a value of type {}", value.type_str()),
+    }
+}
+
+fn lines(problems: &[Problem]) -> String {
+    problems
+        .iter()
+        .map(|problem| format!("\n  {problem}"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

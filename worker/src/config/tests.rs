@@ -1,0 +1,203 @@
+//! Tests of the worker's configuration.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+const GOOD: &str = r#"
+tier = "edge"
+
+[connect]
+broker = "gateway.plant.example:7443"
+ca = "pki/ca.pem"
+cert = "/etc/selvedge/worker.pem"
+key = "worker.key"
+
+[[model]]
+name = "digits"
+path = "digits.onnx"
+
+[[model]]
+name = "line/defects"
+version = "2026-05"
+path = "defects.onnx"
+slots = 3
+confidence = { output = "probabilities", kind = "max" }
+load_deadline = "500ms"
+"#;
+
+fn parse(text: &str) -> Result<WorkerConfig, Vec<Problem>> {
+    WorkerConfig::parse(text, Path::new("/home"), |_| true)
+}
+
+fn problems(text: &str) -> Vec<String> {
+    parse(text)
+        .unwrap_err()
+        .iter()
+        .map(Problem::to_string)
+        .collect()
+}
+
+#[test]
+fn a_configuration_is_read_with_its_defaults() {
+    let config = parse(GOOD).unwrap();
+    assert_eq!(config.tier, Tier::Edge);
+    assert_eq!(
+        config.connect,
+        ConnectConfig {
+            broker: "gateway.plant.example:7443".to_owned(),
+            server_name: None,
+            ca: PathBuf::from("/home/pki/ca.pem"),
+            cert: PathBuf::from("/etc/selvedge/worker.pem"),
+            key: PathBuf::from("/home/worker.key"),
+        }
+    );
+    assert_eq!(
+        config.models,
+        [
+            ModelConfig {
+                name: "digits".to_owned(),
+                version: "1".to_owned(),
+                path: PathBuf::from("/home/digits.onnx"),
+                slots: cores(),
+                confidence: None,
+                load_deadline: Duration::from_secs(60),
+            },
+            ModelConfig {
+                name: "line/defects".to_owned(),
+                version: "2026-05".to_owned(),
+                path: PathBuf::from("/home/defects.onnx"),
+                slots: NonZeroU32::new(3).unwrap(),
+                confidence: Some(ConfidenceRule::Max {
+                    output: "probabilities".to_owned()
+                }),
+                load_deadline: Duration::from_millis(500),
+            },
+        ]
+    );
+}
+
+#[test]
+fn every_problem_is_reported_at_once() {
+    let text = r#"
+tier = "fog"
+tears = "edge"
+
+[connect]
+broker = ":7443"
+ca = 7
+cert = "worker.pem"
+servername = "x"
+
+[[model]]
+name = "a/#"
+path = "a.onnx"
+slots = 0
+confidence = { output = "p", kind = "min" }
+load_deadline = "soon"
+path_ = "b.onnx"
+
+[[model]]
+name = "b"
+version = ""
+path = "b.onnx"
+slots = -1
+confidence = "max"
+load_deadline = "0s"
+"#;
+    let found = problems(text);
+    let expected = [
+        r#"tier: "fog" is no tier: expected edge or cloud"#,
+        r#"connect.broker: expected a broker address host or host:port, found ":7443""#,
+        "connect.ca: expected a string, found a value of type integer",
+        "connect.key: expected a string, found none",
+        "connect.servername: unknown key; expected one of broker, server_name, ca, cert, key",
+        "model[0].name: ",
+        "model[0].slots: expected a number from 1 to 4294967295, found 0",
+        r#"model[0].confidence.kind: expected "max", found "min""#,
+        r#"model[0].load_deadline: expected a time over zero such as 30s or 500ms, found "soon""#,
+        "model[0].path_: unknown key; expected one of name, version, path, slots, confidence, load_deadline",
+        r#"model[1].version: expected 1 to 128 bytes of text, found """#,
+        "model[1].slots: expected a number from 1 to 4294967295, found -1",
+        "model[1].confidence: expected a table, found a value of type string",
+        r#"model[1].load_deadline: expected a time over zero such as 30s or 500ms, found "0s""#,
+        "tears: unknown key; expected one of tier, connect, model",
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (found, expected) in found.iter().zip(expected) {
+        // The words about names are those of the topic rules.
+        assert!(
+            found.starts_with(expected),
+            "{found:?} instead of {expected:?}"
+        );
+    }
+}
+
+#[test]
+fn an_empty_file_misses_everything() {
+    assert_eq!(
+        problems(""),
+        [
+            "tier: expected a string, found none",
+            "connect: expected the section [connect], found none",
+            "model: expected [[model]] at least once, found none",
+        ]
+    );
+}
+
+#[test]
+fn a_model_and_version_may_stand_once() {
+    let twice = GOOD.replace("line/defects", "digits");
+    assert!(parse(&twice).is_ok());
+    let twice = twice.replace("2026-05", "1");
+    assert_eq!(
+        problems(&twice),
+        ["model[1]: expected each model and version once, found `digits` version `1` again"]
+    );
+}
+
+#[test]
+fn a_file_that_is_no_toml_says_where() {
+    let found = problems("tier = \"edge\"\n[connect\n");
+    assert_eq!(found.len(), 1);
+    assert!(found[0].contains("line 2"), "{found:?}");
+}
+
+#[test]
+fn every_missing_file_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("worker.toml");
+    fs::write(
+        &path,
+        GOOD.replace("/etc/selvedge/worker.pem", "worker.pem"),
+    )
+    .unwrap();
+    fs::write(directory.path().join("worker.pem"), "").unwrap();
+    let ConfigError::Invalid {
+        path: named,
+        problems,
+    } = WorkerConfig::load(&path).unwrap_err()
+    else {
+        panic!("expected problems");
+    };
+    assert_eq!(named, path);
+    let keys: Vec<&str> = problems
+        .iter()
+        .map(|problem| problem.key.as_str())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "connect.ca",
+            "connect.key",
+            "model[0].path",
+            "model[1].path"
+        ]
+    );
+}
+
+#[test]
+fn a_configuration_that_is_not_there_is_named() {
+    let error = WorkerConfig::load(Path::new("/nowhere/worker.toml")).unwrap_err();
+    assert!(matches!(&error, ConfigError::Read { path, .. } if path.ends_with("worker.toml")));
+}
