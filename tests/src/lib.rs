@@ -1,1 +1,15 @@
-//! placeholder
+//! The harness of Selvedge's integration tests: an authority, a broker, a bad network, a simulated
+//! network, and clients of other makes, each made anew by every test.
+
+pub mod link;
+pub mod log;
+pub mod mqtt;
+pub mod pki;
+pub mod raw;
+pub mod sim;
+pub mod wait;
+
+pub use link::{LinkCounts, UdpLink, Weather};
+pub use mqtt::{MqttAnswer, MqttEvent, MqttMessage, MqttOptions, MqttPeer, MqttVersion};
+pub use pki::{IdentityFiles, RawCertificate, TestPki};
+pub use raw::{RawControl, RawQuic};
