@@ -3,13 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use selvedge_proto::frame::FrameError;
+use bytes::{Bytes, BytesMut};
+use selvedge_proto::frame::{self, FrameError, Kind};
 use selvedge_proto::inference::{
     Preference, Residency, Tensor, Tier, decode_tensors, encode_tensors,
 };
 
-use crate::call::{CallError, DEFAULT_DEADLINE};
+use selvedge_proto::message::{from_wire_properties, to_wire_properties};
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::wire;
+use tokio::time::Instant;
+
+use crate::call::{CallError, CallStream, DEFAULT_DEADLINE, deadline_in};
+use crate::client::Client;
 
 /// An inference to ask for.
 #[derive(Debug, Clone)]
@@ -179,6 +185,7 @@ impl Inference {
 pub struct InferStream {
     /// Who answers, and how.
     pub answer: Answer,
+    stream: CallStream,
 }
 
 impl InferStream {
@@ -187,11 +194,162 @@ impl InferStream {
     /// # Errors
     /// The inference failed.
     pub async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
-        todo!()
+        self.stream.next().await
     }
 
     /// Gives the answer up; the worker is told.
     pub fn cancel(self) {
         drop(self);
+    }
+
+    /// Asks, and waits for the answer to begin. An idempotent request is made again when the
+    /// connection is lost before that.
+    pub(crate) async fn open(client: &Client, request: &Infer) -> Result<Self, CallError> {
+        let until = deadline_in(request.deadline);
+        loop {
+            match Self::open_until(client, request, until).await {
+                Err((_, true)) => {}
+                Err((error, false)) => return Err(error),
+                Ok(stream) => return Ok(stream),
+            }
+        }
+    }
+
+    /// The error comes with whether to try again.
+    async fn open_until(
+        client: &Client,
+        request: &Infer,
+        until: Instant,
+    ) -> Result<Self, (CallError, bool)> {
+        let header = |deadline_ms| frame::encode(Kind::INFER, &request.to_wire(deadline_ms));
+        let opened = CallStream::open(client, until, header).await;
+        let mut stream = opened.map_err(|error| (error, false))?;
+        let result = match stream.send_all(request.payload.clone()).await {
+            Ok(()) => first_answer(&mut stream).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(answer) => Ok(Self { answer, stream }),
+            Err(error) => {
+                let lost = stream.receiver().connection_lost();
+                let again = lost && request.idempotent && error.code() == Code::Unavailable;
+                Err((error, again))
+            }
+        }
+    }
+}
+
+impl Inference {
+    /// Asks, and collects the whole answer, of up to `limit` bytes.
+    pub(crate) async fn collect(
+        client: &Client,
+        request: &Infer,
+        limit: usize,
+    ) -> Result<Self, CallError> {
+        let until = deadline_in(request.deadline);
+        loop {
+            let mut stream = match InferStream::open_until(client, request, until).await {
+                Ok(stream) => stream,
+                Err((_, true)) => continue,
+                Err((error, false)) => return Err(error),
+            };
+            match stream.payload(limit).await {
+                Ok(payload) => {
+                    return Ok(Self {
+                        answer: stream.answer,
+                        payload,
+                    });
+                }
+                Err(error) => {
+                    let lost = stream.stream.receiver().connection_lost();
+                    let again = lost && request.idempotent && error.code() == Code::Unavailable;
+                    if !again {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl InferStream {
+    async fn payload(&mut self, limit: usize) -> Result<Bytes, CallError> {
+        let first = self.next().await?.unwrap_or_default();
+        let Some(second) = self.next().await? else {
+            return Ok(first);
+        };
+        let mut all = BytesMut::from(first);
+        let mut next = Some(second);
+        while let Some(chunk) = next {
+            if all.len() + chunk.len() > limit {
+                return Err(CallError::Status(Status::new(
+                    Code::ResourceExhausted,
+                    format!("the answer is over {limit} bytes: read it as a stream"),
+                )));
+            }
+            all.extend_from_slice(&chunk);
+            next = self.next().await?;
+        }
+        Ok(all.freeze())
+    }
+}
+
+impl Infer {
+    fn to_wire(&self, deadline_ms: u32) -> wire::InferHeader {
+        wire::InferHeader {
+            model: self.model.clone(),
+            version: self.version.clone(),
+            request_id: self.request_id.clone(),
+            deadline_ms,
+            residency: self.residency.to_wire(),
+            preference: self.preference.to_wire(),
+            min_confidence: self.min_confidence,
+            idempotent: self.idempotent,
+            parameters: to_wire_properties(self.parameters.clone()),
+            traceparent: self.traceparent.clone(),
+            payload_bytes: self.payload.len() as u64,
+            caller: String::new(),
+            registration: 0,
+        }
+    }
+}
+
+impl From<wire::InferAnswer> for Answer {
+    fn from(answer: wire::InferAnswer) -> Self {
+        Self {
+            model: answer.model,
+            version: answer.version,
+            confidence: answer.confidence,
+            queue: Duration::from_micros(answer.queue_us),
+            compute: Duration::from_micros(answer.compute_us),
+            placement: Duration::from_micros(answer.placement_us),
+            parameters: from_wire_properties(answer.parameters),
+            request_id: answer.request_id,
+            worker: answer.worker.into(),
+            tier: Tier::from_wire(answer.tier).ok(),
+            reason: answer.reason,
+            escalated: answer.escalated,
+            edge_confidence: answer.edge_confidence,
+        }
+    }
+}
+
+async fn first_answer(stream: &mut CallStream) -> Result<Answer, CallError> {
+    let wrong = |reason: String| CallError::Status(Status::new(Code::Internal, reason));
+    loop {
+        match stream.receiver().next_frame().await? {
+            Some(frame) if frame.kind == Kind::ANSWER => {
+                let answer: wire::InferAnswer = frame::decode("answer", frame.body)
+                    .map_err(|error| wrong(error.to_string()))?;
+                return Ok(answer.into());
+            }
+            Some(frame) if frame.kind == Kind::DATA => {
+                return Err(wrong(
+                    "expected an answer header before the payload".to_owned(),
+                ));
+            }
+            Some(_) => {}
+            None => return Err(wrong("the response ended without an answer".to_owned())),
+        }
     }
 }

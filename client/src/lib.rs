@@ -12,6 +12,7 @@ mod client;
 mod control;
 mod delivery;
 mod driver;
+mod exchange;
 mod framed;
 mod infer;
 mod lane;
@@ -22,6 +23,7 @@ mod serve;
 mod state;
 mod stats;
 mod subscription;
+mod sync;
 mod work;
 
 pub use bytes::Bytes;

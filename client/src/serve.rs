@@ -6,10 +6,16 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_core::Stream;
+use selvedge_proto::message::from_wire_properties;
 use selvedge_proto::status::Status;
+use selvedge_proto::wire;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::call::CallError;
+use crate::client::Client;
+use crate::control::{Refusal, Registration, Sink};
+use crate::exchange::Exchange;
 
 /// How to serve.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -30,55 +36,131 @@ pub enum ServeError {
     Closed(Arc<str>),
 }
 
+impl From<Refusal> for ServeError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Status(status) => Self::Refused(status),
+            Refusal::Closed(reason) => Self::Closed(reason),
+        }
+    }
+}
+
+/// Calls that wait to be taken when the broker chooses how many are in flight. Beyond it a call
+/// is answered with RESOURCE_EXHAUSTED.
+const DEFAULT_WAITING: usize = 64;
+/// More waiting calls than this are not kept, whatever the application asks for.
+const MOST_WAITING: usize = 65_536;
+
 /// A registered service: a stream of calls. Dropping it withdraws the service.
 #[derive(Debug)]
-pub struct Responder {}
+pub struct Responder {
+    calls: mpsc::Receiver<IncomingCall>,
+    id: u32,
+    client: Client,
+}
 
 impl Responder {
+    pub(crate) async fn register(
+        client: &Client,
+        service: &str,
+        options: &ServeOptions,
+    ) -> Result<Self, ServeError> {
+        let (sender, calls) = mpsc::channel(waiting(options.max_in_flight));
+        let serve = wire::Serve {
+            request_id: 0,
+            id: 0,
+            service: service.to_owned(),
+            max_in_flight: options.max_in_flight,
+        };
+        let control = &client.shared().control;
+        let (id, answer) = control.register(Registration::Serve(serve), Sink::Calls(sender))?;
+        // Withdraws the service if the wait is given up.
+        let responder = Self {
+            calls,
+            id,
+            client: client.clone(),
+        };
+        match answer.await {
+            Ok(Ok(())) => Ok(responder),
+            Ok(Err(refusal)) => Err(refusal.into()),
+            Err(_) => Err(ServeError::Closed(client.shared().end_reason())),
+        }
+    }
+
     /// The next call, or `None` when the client is closed or the broker refused the service after
     /// a reconnect.
     pub async fn next(&mut self) -> Option<IncomingCall> {
-        todo!()
+        self.calls.recv().await
     }
 }
 
 impl Stream for Responder {
     type Item = IncomingCall;
 
-    fn poll_next(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<Option<IncomingCall>> {
-        todo!()
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<IncomingCall>> {
+        self.get_mut().calls.poll_recv(context)
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        self.client.shared().control.withdraw(self.id);
+    }
+}
+
+/// How many requests may wait to be taken.
+pub(crate) fn waiting(granted: u32) -> usize {
+    match granted as usize {
+        0 => DEFAULT_WAITING,
+        granted => granted.min(MOST_WAITING),
     }
 }
 
 /// A call to answer. Dropping it without [`finish`](Self::finish), [`reply`](Self::reply) or
 /// [`fail`](Self::fail) ends it with INTERNAL.
 #[derive(Debug)]
-pub struct IncomingCall {}
+pub struct IncomingCall {
+    service: String,
+    caller: String,
+    properties: Vec<(String, String)>,
+    traceparent: String,
+    exchange: Exchange,
+}
 
 impl IncomingCall {
+    pub(crate) fn new(header: wire::CallHeader, exchange: Exchange) -> Self {
+        Self {
+            service: header.service,
+            caller: header.caller,
+            properties: from_wire_properties(header.properties),
+            traceparent: header.traceparent,
+            exchange,
+        }
+    }
+
     /// The service that is called.
     pub fn service(&self) -> &str {
-        todo!()
+        &self.service
     }
 
     /// Identity URI of the caller as the broker verified it.
     pub fn caller(&self) -> &str {
-        todo!()
+        &self.caller
     }
 
     /// When the caller stops waiting.
     pub fn deadline(&self) -> Instant {
-        todo!()
+        self.exchange.deadline()
     }
 
     /// Properties that the caller set.
     pub fn properties(&self) -> &[(String, String)] {
-        todo!()
+        &self.properties
     }
 
     /// W3C trace context of the caller; empty when not given.
     pub fn traceparent(&self) -> &str {
-        todo!()
+        &self.traceparent
     }
 
     /// The next message of the request, or `None` at its end.
@@ -86,7 +168,7 @@ impl IncomingCall {
     /// # Errors
     /// The call has ended.
     pub async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
-        todo!()
+        self.exchange.next().await
     }
 
     /// The request of a call with exactly one message.
@@ -94,15 +176,15 @@ impl IncomingCall {
     /// # Errors
     /// The call has ended, or the request has no message or more than one.
     pub async fn request(&mut self) -> Result<Bytes, CallError> {
-        todo!()
+        self.exchange.request().await
     }
 
     /// Sends one message of the response.
     ///
     /// # Errors
     /// The call has ended.
-    pub async fn send(&mut self, _message: impl Into<Bytes>) -> Result<(), CallError> {
-        todo!()
+    pub async fn send(&mut self, message: impl Into<Bytes>) -> Result<(), CallError> {
+        self.exchange.send(message.into()).await
     }
 
     /// Ends the response well.
@@ -110,27 +192,28 @@ impl IncomingCall {
     /// # Errors
     /// The call has ended.
     pub async fn finish(self) -> Result<(), CallError> {
-        todo!()
+        self.exchange.end(Status::ok()).await
     }
 
     /// Answers with one message.
     ///
     /// # Errors
     /// The call has ended.
-    pub async fn reply(self, _message: impl Into<Bytes>) -> Result<(), CallError> {
-        todo!()
+    pub async fn reply(mut self, message: impl Into<Bytes>) -> Result<(), CallError> {
+        self.exchange.send(message.into()).await?;
+        self.finish().await
     }
 
     /// Ends the call with a status.
     ///
     /// # Errors
     /// The call has ended.
-    pub async fn fail(self, _status: Status) -> Result<(), CallError> {
-        todo!()
+    pub async fn fail(self, status: Status) -> Result<(), CallError> {
+        self.exchange.end(status).await
     }
 
     /// Resolves when the caller gave up, the deadline passed or the connection was lost.
     pub async fn cancelled(&self) {
-        todo!()
+        self.exchange.cancelled().await;
     }
 }

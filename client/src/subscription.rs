@@ -1,14 +1,23 @@
 //! Subscriptions: the stream of messages that match a filter.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::{Arc, LazyLock, Mutex};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use futures_core::Stream;
 use selvedge_proto::message::{Class, Properties, Qos};
 use selvedge_proto::status::Status;
-use selvedge_proto::topic::{TopicError, TopicName};
+use selvedge_proto::topic::{SubscribeTarget, TopicError, TopicFilter, TopicName};
+use selvedge_proto::wire;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
+
+use crate::ack::Ticket;
+use crate::client::Client;
+use crate::control::Refusal;
+use crate::sync::lock;
 
 /// What the broker does when this subscriber is too slow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,6 +98,42 @@ pub enum SubscribeError {
     Closed(Arc<str>),
 }
 
+impl From<Refusal> for SubscribeError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Status(status) => Self::Refused(status),
+            Refusal::Closed(reason) => Self::Closed(reason),
+        }
+    }
+}
+
+impl SubscribeOptions {
+    /// The subscription on the wire; its id is chosen later.
+    pub(crate) fn to_wire(&self, target: &SubscribeTarget) -> wire::Subscription {
+        let overflow = match self.overflow {
+            Overflow::Default => wire::Overflow::Default,
+            Overflow::DropOldest => wire::Overflow::DropOldest,
+            Overflow::DropNewest => wire::Overflow::DropNewest,
+            Overflow::Refuse => wire::Overflow::Refuse,
+            Overflow::Disconnect => wire::Overflow::Disconnect,
+        };
+        let retain_handling = match self.retain_handling {
+            RetainHandling::Send => wire::RetainHandling::RetainSend,
+            RetainHandling::SendIfNew => wire::RetainHandling::RetainSendIfNew,
+            RetainHandling::DoNotSend => wire::RetainHandling::RetainDoNotSend,
+        };
+        wire::Subscription {
+            id: 0,
+            filter: target.to_string(),
+            max_qos: self.max_qos as u32,
+            no_local: self.no_local,
+            retain_handling: retain_handling.into(),
+            overflow: overflow.into(),
+            own_lane: self.own_lane,
+        }
+    }
+}
+
 /// A received message.
 #[derive(Debug)]
 pub struct Message {
@@ -106,14 +151,14 @@ pub struct Message {
     pub duplicate: bool,
     /// Urgency.
     pub class: Class,
-    properties: Option<Box<Properties>>,
+    pub(crate) properties: Option<Box<Properties>>,
+    pub(crate) ticket: Option<Ticket>,
 }
 
 impl Message {
     /// What it carries besides the payload; everything is empty for most messages.
     pub fn properties(&self) -> &Properties {
-        static NONE: std::sync::LazyLock<Properties> =
-            std::sync::LazyLock::new(Properties::default);
+        static NONE: LazyLock<Properties> = LazyLock::new(Properties::default);
         self.properties.as_deref().unwrap_or(&NONE)
     }
 
@@ -123,38 +168,265 @@ impl Message {
     /// Acknowledgements are cumulative: a message that is dropped without it, and those after it
     /// on the same lane, are delivered again after a reconnect of a kept session.
     pub fn ack(&mut self) {
-        todo!()
+        if let Some(ticket) = self.ticket.take() {
+            ticket.redeem();
+        }
     }
 }
 
 /// A stream of messages. Dropping it unsubscribes.
 #[derive(Debug)]
-pub struct Subscription {}
+pub struct Subscription {
+    /// Messages taken from the route and not yet by the application.
+    ready: VecDeque<Message>,
+    route: Arc<Route>,
+    /// Keeps the connection open.
+    client: Client,
+}
 
 impl Subscription {
+    pub(crate) fn new(client: Client, route: Arc<Route>) -> Self {
+        Self {
+            ready: VecDeque::new(),
+            route,
+            client,
+        }
+    }
+
     /// The next message, or `None` when the subscription has ended: see [`Self::end`].
     pub async fn next(&mut self) -> Option<Message> {
-        todo!()
+        std::future::poll_fn(|context| self.poll_message(context)).await
     }
 
     /// Why the subscription ended, if the broker refused to restore it after a reconnect.
     pub fn end(&self) -> Option<Status> {
-        todo!()
+        lock(&self.route.queue).ended.clone().flatten()
     }
 
-    /// Unsubscribes and waits until the broker has done it.
+    /// Unsubscribes and waits until the broker has done it. Messages not taken are dropped.
     ///
     /// # Errors
     /// As [`SubscribeError`].
     pub async fn unsubscribe(self) -> Result<(), SubscribeError> {
-        todo!()
+        let answer = self.client.shared().control.unsubscribe(&self.route);
+        // The sender is dropped only together with the client, and then nothing is subscribed.
+        match answer.await.unwrap_or(Ok(())) {
+            Ok(()) => Ok(()),
+            Err(refusal) => Err(refusal.into()),
+        }
+    }
+
+    #[inline]
+    fn poll_message(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        if self.ready.is_empty() {
+            match self.route.poll_take(context, &mut self.ready) {
+                Poll::Ready(true) => {}
+                Poll::Ready(false) => return Poll::Ready(None),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        let mut message = self.ready.pop_front();
+        if !self.route.manual_ack
+            && let Some(message) = &mut message
+        {
+            message.ack();
+        }
+        Poll::Ready(message)
     }
 }
 
 impl Stream for Subscription {
     type Item = Message;
 
-    fn poll_next(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<Option<Message>> {
-        todo!()
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        self.get_mut().poll_message(context)
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.client.shared().control.unsubscribe(&self.route);
+        self.route.end(None);
+        self.route.discard_queue();
+        // What was not taken must not hold up the acknowledgement of others' messages.
+        discard(&mut self.ready);
+    }
+}
+
+/// Bytes of messages that may wait in one subscription's queue, besides the bound on their number.
+const QUEUE_BYTES: usize = 16 * 1024 * 1024;
+/// What a message takes besides its payload, roughly.
+const MESSAGE_COST: usize = 128;
+
+/// The way from the delivery lanes to one subscription: a bounded queue.
+///
+/// When it is full, a QoS 0 message is dropped and counted in [`ClientStats::dropped_slow`]; a
+/// QoS 1 message makes its lane wait.
+///
+/// [`ClientStats::dropped_slow`]: crate::ClientStats::dropped_slow
+#[derive(Debug)]
+pub(crate) struct Route {
+    id: u32,
+    filter: TopicFilter,
+    owns_lane: bool,
+    max_qos: Qos,
+    manual_ack: bool,
+    limit: usize,
+    queue: Mutex<Queue>,
+    /// Told when there is room again.
+    room: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    messages: VecDeque<Message>,
+    bytes: usize,
+    reader: Option<Waker>,
+    /// A lane waits for room.
+    waited_for: bool,
+    /// Set when no more will come; with the status if the broker refused.
+    ended: Option<Option<Status>>,
+}
+
+/// What became of messages offered to a route.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offered {
+    pub(crate) delivered: u64,
+    pub(crate) dropped: u64,
+    /// The queue is more than half full: the reader should get a chance to run.
+    pub(crate) crowded: bool,
+}
+
+impl Route {
+    pub(crate) fn new(id: u32, target: &SubscribeTarget, options: &SubscribeOptions) -> Self {
+        Self {
+            id,
+            filter: target.filter.clone(),
+            owns_lane: options.own_lane || target.share.is_some(),
+            max_qos: options.max_qos,
+            manual_ack: options.manual_ack,
+            limit: options.queue.max(1),
+            queue: Mutex::default(),
+            room: Notify::new(),
+        }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn filter(&self) -> &TopicFilter {
+        &self.filter
+    }
+
+    pub(crate) fn owns_lane(&self) -> bool {
+        self.owns_lane
+    }
+
+    pub(crate) fn max_qos(&self) -> Qos {
+        self.max_qos
+    }
+
+    /// Puts messages into the queue, in order, until a QoS 1 message finds no room; it and those
+    /// after it stay in `batch`, and [`Self::room`] says when to offer them again.
+    pub(crate) fn offer(&self, batch: &mut VecDeque<Message>) -> Offered {
+        let mut offered = Offered::default();
+        let reader = {
+            let mut queue = lock(&self.queue);
+            if queue.ended.is_some() {
+                drop(queue);
+                offered.dropped = batch.len() as u64;
+                discard(batch);
+                return offered;
+            }
+            let was_empty = queue.messages.is_empty();
+            while let Some(message) = batch.front() {
+                let full = queue.messages.len() >= self.limit
+                    || (queue.bytes >= QUEUE_BYTES && !queue.messages.is_empty());
+                if full && message.ticket.is_some() {
+                    queue.waited_for = true;
+                    break;
+                }
+                let message = batch.pop_front().expect("there is a front");
+                if full {
+                    offered.dropped += 1;
+                    continue;
+                }
+                queue.bytes += message.payload.len() + MESSAGE_COST;
+                queue.messages.push_back(message);
+                offered.delivered += 1;
+            }
+            offered.crowded = queue.messages.len() > self.limit / 2;
+            if was_empty && offered.delivered > 0 {
+                queue.reader.take()
+            } else {
+                None
+            }
+        };
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+        offered
+    }
+
+    /// Resolves when there is room again; ask before [`Self::offer`].
+    pub(crate) fn room(&self) -> Notified<'_> {
+        self.room.notified()
+    }
+
+    /// No more will come.
+    pub(crate) fn end(&self, status: Option<Status>) {
+        let mut queue = lock(&self.queue);
+        if queue.ended.is_none() {
+            queue.ended = Some(status);
+        }
+        let reader = queue.reader.take();
+        drop(queue);
+        self.room.notify_waiters();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// Drops what waits, as taken.
+    fn discard_queue(&self) {
+        let mut messages = {
+            let mut queue = lock(&self.queue);
+            queue.bytes = 0;
+            std::mem::take(&mut queue.messages)
+        };
+        discard(&mut messages);
+    }
+
+    /// Swaps everything that waits into `ready`, which is empty. `false` at the end.
+    fn poll_take(&self, context: &mut Context<'_>, ready: &mut VecDeque<Message>) -> Poll<bool> {
+        let mut queue = lock(&self.queue);
+        if queue.messages.is_empty() {
+            if queue.ended.is_some() {
+                return Poll::Ready(false);
+            }
+            match &mut queue.reader {
+                Some(reader) => reader.clone_from(context.waker()),
+                none => *none = Some(context.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        std::mem::swap(&mut queue.messages, ready);
+        queue.bytes = 0;
+        let waited_for = std::mem::take(&mut queue.waited_for);
+        drop(queue);
+        if waited_for {
+            self.room.notify_waiters();
+        }
+        Poll::Ready(true)
+    }
+}
+
+/// Drops messages as taken.
+fn discard(messages: &mut VecDeque<Message>) {
+    for message in messages.drain(..) {
+        if let Some(ticket) = message.ticket {
+            ticket.redeem();
+        }
     }
 }

@@ -7,11 +7,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_core::Stream;
+use selvedge_proto::frame::{self, Kind};
 use selvedge_proto::inference::{Residency, TensorSpec, Tier};
+use selvedge_proto::message::{from_wire_properties, to_wire_properties};
 use selvedge_proto::status::Status;
+use selvedge_proto::wire;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::call::CallError;
+use crate::client::Client;
+use crate::control::{Refusal, Registration, Sink, micros};
+use crate::exchange::Exchange;
+use crate::serve::waiting;
 
 /// A model that this client runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,31 +67,93 @@ pub enum WorkError {
     Closed(Arc<str>),
 }
 
+impl From<Refusal> for WorkError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Status(status) => Self::Refused(status),
+            Refusal::Closed(reason) => Self::Closed(reason),
+        }
+    }
+}
+
+impl ModelRegistration {
+    fn into_wire(self) -> wire::Work {
+        wire::Work {
+            request_id: 0,
+            id: 0,
+            model: self.model,
+            version: self.version,
+            tier: self.tier.to_wire(),
+            slots: self.slots.max(1),
+            inputs: self.inputs.into_iter().map(Into::into).collect(),
+            outputs: self.outputs.into_iter().map(Into::into).collect(),
+            loaded: self.loaded,
+            service_time_us: self.service_time.map_or(0, micros),
+        }
+    }
+}
+
 /// A registered model: a stream of requests. Dropping it withdraws the model.
 #[derive(Debug)]
-pub struct WorkerHandle {}
+pub struct WorkerHandle {
+    requests: mpsc::Receiver<IncomingInference>,
+    id: u32,
+    client: Client,
+}
 
 impl WorkerHandle {
+    pub(crate) async fn register(
+        client: &Client,
+        registration: ModelRegistration,
+    ) -> Result<Self, WorkError> {
+        // The broker never has more outstanding than the slots granted last, which may grow.
+        let (sender, requests) = mpsc::channel(waiting(registration.slots).max(SLOTS_TO_GROW));
+        let kind = Registration::Work(registration.into_wire(), 0);
+        let control = &client.shared().control;
+        let (id, answer) = control.register(kind, Sink::Inferences(sender))?;
+        // Withdraws the model if the wait is given up.
+        let handle = Self {
+            requests,
+            id,
+            client: client.clone(),
+        };
+        match answer.await {
+            Ok(Ok(())) => Ok(handle),
+            Ok(Err(refusal)) => Err(refusal.into()),
+            Err(_) => Err(WorkError::Closed(client.shared().end_reason())),
+        }
+    }
+
     /// The next request, or `None` when the client is closed or the broker refused the model
     /// after a reconnect.
     pub async fn next(&mut self) -> Option<IncomingInference> {
-        todo!()
+        self.requests.recv().await
     }
 
     /// Tells the broker what changed. Never waits; of several reports only the last may be sent.
-    pub fn report(&self, _report: LoadReport) {
-        todo!()
+    pub fn report(&self, report: LoadReport) {
+        self.client.shared().control.report(self.id, report);
     }
 }
+
+/// Requests that may wait to be taken at least, for when more slots are granted later. Beyond the
+/// bound a request is answered with RESOURCE_EXHAUSTED.
+const SLOTS_TO_GROW: usize = 64;
 
 impl Stream for WorkerHandle {
     type Item = IncomingInference;
 
     fn poll_next(
         self: Pin<&mut Self>,
-        _context: &mut Context<'_>,
+        context: &mut Context<'_>,
     ) -> Poll<Option<IncomingInference>> {
-        todo!()
+        self.get_mut().requests.poll_recv(context)
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.client.shared().control.withdraw(self.id);
     }
 }
 
@@ -103,52 +173,69 @@ pub struct AnswerInfo {
 /// An inference to answer. Dropping it without [`finish`](Self::finish), [`reply`](Self::reply) or
 /// [`fail`](Self::fail) ends it with INTERNAL.
 #[derive(Debug)]
-pub struct IncomingInference {}
+pub struct IncomingInference {
+    header: wire::InferHeader,
+    parameters: Vec<(String, String)>,
+    residency: Residency,
+    answered: bool,
+    exchange: Exchange,
+}
 
 impl IncomingInference {
+    pub(crate) fn new(mut header: wire::InferHeader, exchange: Exchange) -> Self {
+        Self {
+            parameters: from_wire_properties(std::mem::take(&mut header.parameters)),
+            // A residency that this revision does not know is taken as the narrowest.
+            residency: Residency::from_wire(header.residency).unwrap_or(Residency::Site),
+            header,
+            answered: false,
+            exchange,
+        }
+    }
+
     /// The model asked for.
     pub fn model(&self) -> &str {
-        todo!()
+        &self.header.model
     }
 
     /// The version asked for; empty for any.
     pub fn version(&self) -> &str {
-        todo!()
+        &self.header.version
     }
 
     /// Names the request across escalation and repetition.
     pub fn request_id(&self) -> &str {
-        todo!()
+        &self.header.request_id
     }
 
     /// When the requester stops waiting.
     pub fn deadline(&self) -> Instant {
-        todo!()
+        self.exchange.deadline()
     }
 
     /// How far the payload may travel.
     pub fn residency(&self) -> Residency {
-        todo!()
+        self.residency
     }
 
     /// Identity URI of the requester as the broker verified it.
     pub fn caller(&self) -> &str {
-        todo!()
+        &self.header.caller
     }
 
     /// Parameters that the requester set.
     pub fn parameters(&self) -> &[(String, String)] {
-        todo!()
+        &self.parameters
     }
 
     /// Confidence below which the requester wants a cloud worker asked.
     pub fn min_confidence(&self) -> Option<f32> {
-        todo!()
+        self.header.min_confidence
     }
 
     /// W3C trace context of the requester; empty when not given.
     pub fn traceparent(&self) -> &str {
-        todo!()
+        &self.header.traceparent
     }
 
     /// The next message of the request, or `None` at its end.
@@ -156,7 +243,7 @@ impl IncomingInference {
     /// # Errors
     /// The request has ended.
     pub async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
-        todo!()
+        self.exchange.next().await
     }
 
     /// The payload of a request with exactly one message.
@@ -164,31 +251,50 @@ impl IncomingInference {
     /// # Errors
     /// The request has ended, or has no message or more than one.
     pub async fn request(&mut self) -> Result<Bytes, CallError> {
-        todo!()
+        self.exchange.request().await
     }
 
-    /// Says who answers and how sure it is; once, before the first message.
+    /// Says how sure the model is and how long it took; once, before the first message. Said
+    /// again, it changes nothing.
     ///
     /// # Errors
     /// The request has ended.
-    pub async fn answer(&mut self, _info: AnswerInfo) -> Result<(), CallError> {
-        todo!()
+    pub async fn answer(&mut self, info: AnswerInfo) -> Result<(), CallError> {
+        if self.answered {
+            return Ok(());
+        }
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let answer = wire::InferAnswer {
+            model: self.header.model.clone(),
+            version: self.header.version.clone(),
+            confidence: info.confidence,
+            queue_us: micros(info.queue),
+            compute_us: micros(info.compute),
+            parameters: to_wire_properties(info.parameters),
+            ..wire::InferAnswer::default()
+        };
+        let frame = frame::encode(Kind::ANSWER, &answer);
+        self.exchange.send_header(frame).await?;
+        self.answered = true;
+        Ok(())
     }
 
     /// Sends one message of the answer; an empty [`AnswerInfo`] goes first if none was sent.
     ///
     /// # Errors
     /// The request has ended.
-    pub async fn send(&mut self, _message: impl Into<Bytes>) -> Result<(), CallError> {
-        todo!()
+    pub async fn send(&mut self, message: impl Into<Bytes>) -> Result<(), CallError> {
+        self.answer(AnswerInfo::default()).await?;
+        self.exchange.send(message.into()).await
     }
 
     /// Ends the answer well.
     ///
     /// # Errors
     /// The request has ended.
-    pub async fn finish(self) -> Result<(), CallError> {
-        todo!()
+    pub async fn finish(mut self) -> Result<(), CallError> {
+        self.answer(AnswerInfo::default()).await?;
+        self.exchange.end(Status::ok()).await
     }
 
     /// Answers with one message.
@@ -196,23 +302,25 @@ impl IncomingInference {
     /// # Errors
     /// The request has ended.
     pub async fn reply(
-        self,
-        _info: AnswerInfo,
-        _message: impl Into<Bytes>,
+        mut self,
+        info: AnswerInfo,
+        message: impl Into<Bytes>,
     ) -> Result<(), CallError> {
-        todo!()
+        self.answer(info).await?;
+        self.exchange.send(message.into()).await?;
+        self.finish().await
     }
 
     /// Ends the request with a status.
     ///
     /// # Errors
     /// The request has ended.
-    pub async fn fail(self, _status: Status) -> Result<(), CallError> {
-        todo!()
+    pub async fn fail(self, status: Status) -> Result<(), CallError> {
+        self.exchange.end(status).await
     }
 
     /// Resolves when the requester gave up, the deadline passed or the connection was lost.
     pub async fn cancelled(&self) {
-        todo!()
+        self.exchange.cancelled().await;
     }
 }
