@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::select_all;
 use selvedge_client::{
     Client, ConnectError, Credentials, Options, OptionsError, ReloadableCredentials,
-    RetainHandling, SubscribeError, SubscribeOptions, Subscription, TrustAnchors,
+    RetainHandling, State, SubscribeError, SubscribeOptions, Subscription, TrustAnchors,
 };
 use selvedge_proto::topic::TopicFilter;
 use tokio::sync::{Semaphore, watch};
@@ -96,7 +97,30 @@ impl Bridge {
 
     /// What every remote and rule is doing, in the order of the configuration.
     pub fn status(&self) -> Vec<RemoteStatus> {
-        self.records.iter().map(Record::snapshot).collect()
+        let records = self.records.iter().zip(&self.clients);
+        records
+            .map(|(record, client)| record.snapshot(client.state().borrow().is_connected()))
+            .collect()
+    }
+
+    /// Waits until the fabric has turned the bridge away for good, and gives its reason. Nothing more
+    /// will be carried then, and the bridge should be shut down.
+    pub async fn closed(&self) -> Arc<str> {
+        let closed = self.clients.iter().map(|client| {
+            let mut state = client.state();
+            Box::pin(async move {
+                let closed = state.wait_for(|state| matches!(state, State::Closed { .. }));
+                match closed.await.as_deref() {
+                    Ok(State::Closed { reason }) => Arc::clone(reason),
+                    _ => "the client has ended".into(),
+                }
+            })
+        });
+        if closed.len() == 0 {
+            return std::future::pending().await;
+        }
+        let (reason, ..) = select_all(closed).await;
+        reason
     }
 
     /// Waits until every remote is connected and has granted every inward rule's subscription. A remote

@@ -160,6 +160,9 @@ impl BridgeConfig {
         let mut root = Reader::new(String::new(), text.parse()?, &mut problems);
         let fabric = root.required("fabric", "a table", as_table);
         let remotes = root.required("remote", "an array of tables, [[remote]]", as_tables);
+        if remotes.as_ref().is_some_and(Vec::is_empty) {
+            root.problem("remote", &"expected at least one [[remote]], found none");
+        }
         root.finish();
 
         let fabric = fabric.and_then(|table| {

@@ -202,6 +202,10 @@ impl Remote {
                 }
                 event = connection.events.recv(), if !self.inbox_is_full() => event,
                 Some(settled) = self.inbox.next(), if !self.inbox.is_empty() => {
+                    // While the inbox is full, the remote's silence is the bridge's doing.
+                    if self.inbox_is_full() {
+                        connection.silent_at = silent_at(self.config.keep_alive);
+                    }
                     self.settled(settled, Some(&mut connection));
                     continue;
                 }

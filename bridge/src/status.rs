@@ -69,6 +69,8 @@ pub struct RemoteStatus {
     pub name: String,
     /// The remote has accepted the connection.
     pub connected: bool,
+    /// The fabric has accepted the remote's own connection there.
+    pub fabric_connected: bool,
     /// Connected, and every inward rule's subscription is granted.
     pub ready: bool,
     /// How often the remote has accepted a connection.
@@ -155,12 +157,13 @@ impl Record {
         }))
     }
 
-    pub(crate) fn snapshot(&self) -> RemoteStatus {
+    pub(crate) fn snapshot(&self, fabric_connected: bool) -> RemoteStatus {
         let now = Instant::now();
         let ready = *self.0.ready.borrow();
         self.with(|state| RemoteStatus {
             name: self.0.name.clone(),
             connected: state.connected,
+            fabric_connected,
             ready,
             connections: state.connections,
             last_error: state.last_error.clone(),
@@ -300,12 +303,12 @@ mod tests {
         let record = Record::new("plant", &rules);
         let first = record.set_out(0);
         let second = record.set_out(0);
-        assert_eq!(record.snapshot().rules[0].in_flight, 2);
+        assert_eq!(record.snapshot(true).rules[0].in_flight, 2);
         drop(first);
         record.forwarded(0, Way::In);
         record.dropped(Some(0), DropReason::Loop, None);
         record.dropped(None, DropReason::Unmapped, Some("why".into()));
-        let status = record.snapshot();
+        let status = record.snapshot(true);
         assert_eq!(status.rules[0].in_flight, 1);
         assert_eq!(status.rules[0].forwarded_in, 1);
         assert_eq!(status.rules[0].forwarded_out, 0);
@@ -313,6 +316,6 @@ mod tests {
         assert_eq!(status.dropped[&DropReason::Unmapped], 1);
         assert_eq!(status.last_error.as_deref(), Some("why"));
         drop(second);
-        assert_eq!(record.snapshot().rules[0].lag, Duration::ZERO);
+        assert_eq!(record.snapshot(true).rules[0].lag, Duration::ZERO);
     }
 }

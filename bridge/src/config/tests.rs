@@ -211,6 +211,13 @@ fn missing_tables_and_names_used_twice_are_reported() {
             "fabirc: expected one of fabric, remote, found this key; remove or correct it",
         ]
     );
+    let none = BridgeConfig::parse(&format!("remote = []\n{FABRIC}"), files().path());
+    let none = none.unwrap_err().to_string();
+    assert_eq!(
+        none,
+        "the bridge configuration has 1 problem:\n  - remote: expected at least one [[remote]], \
+         found none"
+    );
     let remote = "[[remote]]\nname = \"r\"\nurl = \"mqtt://x\"\nclient_id = \"c\"\n\
                   [[remote.rule]]\ndirection = \"in\"\nfilter = \"#\"\n";
     let found = problems(&format!("{remote}{remote}"));

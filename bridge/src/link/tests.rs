@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 
+use selvedge_certs::{Authority, IssueRequest};
 use tokio::time::timeout;
 
 use super::*;
@@ -275,5 +276,61 @@ async fn many_messages_keep_their_order_and_each_gets_its_answer() {
             .map(|number| packet("a", &number.to_string()))
             .collect();
         assert!(answered == expected, "{version}");
+    }
+}
+
+#[tokio::test]
+async fn tls_is_mutual_and_an_unknown_authority_is_refused() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let authority = Authority::create("example.test").unwrap();
+    let server = IssueRequest::server("acme", "plant", "mosquitto").dns("localhost");
+    let server = authority.issue(&server).unwrap();
+    let client = IssueRequest::client("acme", "plant", "bridge");
+    let client = authority.issue(&client).unwrap();
+    let ca = file("ca.pem", authority.ca_pem());
+    let mosquitto = Mosquitto::start(&format!(
+        "cafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate true\n",
+        ca.display(),
+        file("server.pem", &server.cert_pem).display(),
+        file("server.key", &server.key_pem).display(),
+    ));
+    let identity = (
+        file("bridge.pem", &client.cert_pem),
+        file("bridge.key", &client.key_pem),
+    );
+    let stranger = file(
+        "stranger.pem",
+        Authority::create("other.test").unwrap().ca_pem(),
+    );
+    for version in [Version::V311, Version::V5] {
+        let mut config = config(mosquitto.port, "b", version);
+        config.host = "localhost".into();
+        let tls = |ca: &Path, identity| {
+            let ca = ca.to_owned();
+            Some(RemoteTls { ca, identity })
+        };
+        config.tls = tls(&ca, Some(identity.clone()));
+        Peer::connect(&config).await.disconnect().await;
+
+        config.tls = tls(&stranger, Some(identity.clone()));
+        let (_link, mut events) = Link::open(&config).await.unwrap();
+        let event = timeout(SOON, events.recv()).await.unwrap().unwrap();
+        assert!(
+            matches!(&event, Event::Closed(reason) if reason.contains("TLS") || reason.contains("certificate")),
+            "{event:?}"
+        );
+
+        config.tls = tls(&ca, None);
+        let (_link, mut events) = Link::open(&config).await.unwrap();
+        let event = timeout(SOON, events.recv()).await.unwrap().unwrap();
+        let Event::Closed(reason) = event else {
+            panic!("expected a refusal, found {event:?}");
+        };
+        assert!(reason.contains("CertificateRequired"), "{reason}");
     }
 }
