@@ -4,6 +4,10 @@
 //! message: a listener reads it ([`quic`], [`mqtt`]), [`publisher`] checks and routes it
 //! ([`policy`], [`router`]), a [`queue`] holds it, and the receiver's listener writes it out.
 
+mod admin;
+mod calls;
+mod inference;
+
 pub mod batch;
 pub mod config;
 pub mod fabric;
@@ -14,10 +18,13 @@ pub mod placement;
 pub mod policy;
 pub mod publisher;
 pub mod queue;
+pub mod quic;
 pub mod retained;
 pub mod router;
+pub mod server;
 pub mod services;
 pub mod session;
 pub mod tenant;
 
 pub use config::{Config, ConfigErrors, Limits, MqttConfig};
+pub use server::{Addresses, BindError, Server};

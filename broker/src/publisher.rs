@@ -77,6 +77,13 @@ impl Payload<'_> {
     }
 }
 
+impl Topic {
+    /// The topic's name.
+    pub fn name(&self) -> &TopicName {
+        &self.flow.topic
+    }
+}
+
 impl Publisher {
     /// The publisher of a session, with the policy as it is now.
     pub fn new(fabric: &Arc<Fabric>, tenant: Arc<Tenant>, session: &Session) -> Self {
@@ -199,6 +206,11 @@ impl Publisher {
                 "this broker keeps messages in memory only: demand memory or nothing",
             )),
         }
+    }
+
+    /// Counts messages acknowledged to the publisher.
+    pub fn count_acknowledged(&self, count: u64) {
+        self.fabric.metrics.acknowledged.inc_by(count);
     }
 
     #[cold]

@@ -59,6 +59,8 @@ struct Inner {
     entries: VecDeque<Entry>,
     /// QoS 1 sent and not yet acknowledged, with the number of its last message on the lane.
     inflight: VecDeque<(u64, Entry)>,
+    /// Cost of `inflight` alone.
+    inflight_bytes: usize,
     /// Cost of `entries` and `inflight`.
     bytes: usize,
     /// Number of the last QoS 1 message sent on the current lane.
@@ -67,6 +69,8 @@ struct Inner {
     closed: bool,
     /// The receiver has been woken and has not found the queue empty since.
     scheduled: bool,
+    /// Largest message the receiver accepts, in bytes; zero for no bound.
+    largest: usize,
     /// A lane writer waits on `wake`; without one the session's activations are used.
     writer: bool,
 }
@@ -200,6 +204,13 @@ impl DeliveryQueue {
                 taken.expired += entry.batch.count;
                 continue;
             }
+            // Small messages are packed together; only one that is alone can be too large.
+            let size = entry.batch.frames.len() + entry.batch.payload.len();
+            if inner.largest > 0 && entry.batch.count == 1 && size > inner.largest {
+                inner.bytes -= cost;
+                taken.too_large += 1;
+                continue;
+            }
             bytes += cost;
             if entry.batch.qos == Qos::AtMostOnce {
                 inner.bytes -= cost;
@@ -207,6 +218,7 @@ impl DeliveryQueue {
                 inner.sent += u64::from(entry.batch.count);
                 let last = inner.sent;
                 inner.inflight.push_back((last, entry.clone()));
+                inner.inflight_bytes += cost;
             }
             taken.entries.push(entry);
         }
@@ -219,13 +231,7 @@ impl DeliveryQueue {
     /// Whether the lane may take more: fewer than `limit` bytes are unacknowledged. When it may
     /// not, an acknowledgement wakes the writer.
     pub fn has_window(&self, limit: usize) -> bool {
-        let inner = self.inner.lock();
-        inner
-            .inflight
-            .iter()
-            .map(|(_, entry)| entry.batch.cost())
-            .sum::<usize>()
-            < limit
+        self.inner.lock().inflight_bytes < limit
     }
 
     /// Drops what the receiver has acknowledged: all QoS 1 messages up to `last`.
@@ -238,6 +244,7 @@ impl DeliveryQueue {
             let cost = entry.batch.cost();
             done += u64::from(entry.batch.count);
             inner.bytes -= cost;
+            inner.inflight_bytes -= cost;
             inner.inflight.pop_front();
         }
         drop(inner);
@@ -250,9 +257,12 @@ impl DeliveryQueue {
         self.wake.notified().await;
     }
 
-    /// Says that a lane writer now waits on this queue, so that pushes wake it directly.
-    pub fn set_writer(&self) {
-        self.inner.lock().writer = true;
+    /// Says that a lane writer now waits on this queue, so that pushes wake it directly, and that
+    /// its receiver accepts messages of up to `largest` bytes, frame included (zero for any).
+    pub fn set_writer(&self, largest: usize) {
+        let mut inner = self.inner.lock();
+        inner.writer = true;
+        inner.largest = largest;
     }
 
     /// Starts delivery for a new connection: everything unacknowledged is sent again, first.
@@ -300,6 +310,7 @@ impl DeliveryQueue {
             .sum();
         inner.entries = VecDeque::new();
         inner.inflight = VecDeque::new();
+        inner.inflight_bytes = 0;
         inner.bytes = 0;
         drop(inner);
         self.wake.notify_one();
@@ -344,6 +355,15 @@ pub struct Taken {
     pub entries: Vec<Entry>,
     /// Messages left out because they had expired.
     pub expired: u32,
+    /// Messages left out because the receiver does not accept their size.
+    pub too_large: u32,
+}
+
+impl Taken {
+    /// Messages that were in the queue and will not be sent.
+    pub fn left_out(&self) -> u32 {
+        self.expired + self.too_large
+    }
 }
 
 fn requeue(inner: &mut Inner) {
@@ -351,5 +371,6 @@ fn requeue(inner: &mut Inner) {
         entry.duplicate = true;
         inner.entries.push_front(entry);
     }
+    inner.inflight_bytes = 0;
     inner.sent = 0;
 }

@@ -319,6 +319,15 @@ impl FrameDecoder {
         }
     }
 
+    /// What was received after the last whole frame, to be passed on as it is.
+    pub fn into_rest(mut self) -> Bytes {
+        if self.partial.is_empty() {
+            return self.chunk;
+        }
+        self.partial.extend_from_slice(&self.chunk);
+        self.partial.freeze()
+    }
+
     /// Whether no bytes of an unfinished frame are held.
     pub fn is_empty(&self) -> bool {
         self.partial.is_empty() && self.chunk.is_empty()

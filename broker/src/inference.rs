@@ -1,0 +1,596 @@
+//! Inference: from a request to a worker that may answer it, and on to the cloud when it is unsure.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use selvedge_proto::frame::{self, Frame, Kind};
+use selvedge_proto::inference::{Preference, Residency, Tier};
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::topic::TopicName;
+use selvedge_proto::wire;
+
+use crate::calls::exchange::{self, Exchange, Interrupted, Leg, ResponseEnd};
+use crate::calls::tracker::ResponseTracker;
+use crate::calls::{Caller, end_with, interruption, left_ms};
+use crate::models::{Patience, Slot, WorkerModel};
+use crate::placement::{Refusal, Request};
+use crate::policy::Verb;
+use crate::quic::{FrameReader, ReadFrameError};
+
+/// An edge answer is not given up when less than this share of the deadline is left.
+const CASCADE_SHARE: u32 = 10;
+
+/// A request that was read and checked.
+struct Checked {
+    model: TopicName,
+    residency: Residency,
+    preference: Preference,
+    due: Instant,
+    begun: Instant,
+    header: wire::InferHeader,
+}
+
+/// An edge answer that is held back while the cloud is asked.
+struct Held {
+    answer: wire::InferAnswer,
+    leg: Leg,
+    rest: Bytes,
+    slot: Slot,
+}
+
+/// What came of asking one worker.
+enum Attempt {
+    /// The response was passed on to its end.
+    Done(Code),
+    /// The answer's confidence is too low; nothing of it was passed on.
+    Unsure(Box<Held>),
+    /// The worker answered with a status and nothing else.
+    Refused(Status),
+    /// The worker was lost before it answered anything.
+    Lost(Arc<WorkerModel>),
+}
+
+/// Serves one inference. Returns where it ran and how it ended.
+pub(crate) async fn infer(
+    caller: &Caller,
+    header: wire::InferHeader,
+    mut leg: Leg,
+    rest: Bytes,
+) -> (Option<Tier>, Code) {
+    let mut tier = None;
+    let status = match run(caller, header, &mut leg, rest, &mut tier).await {
+        Ok(code) => return (tier, code),
+        Err(status) => status,
+    };
+    let code = status.code;
+    end_with(&mut leg.send, status).await;
+    let _ = leg.recv.stop(code.to_quic().into());
+    (tier, code)
+}
+
+/// An error is a status that nothing was answered before.
+async fn run(
+    caller: &Caller,
+    header: wire::InferHeader,
+    leg: &mut Leg,
+    rest: Bytes,
+    tier: &mut Option<Tier>,
+) -> Result<Code, Status> {
+    let request = check(caller, header)?;
+    caller.allow(Verb::Infer, &request.model)?;
+    let may_repeat = request.header.min_confidence.is_some() || request.header.idempotent;
+    // Only a request that can be sent twice is read whole first, and only up to the bound.
+    let limit = if may_repeat {
+        caller.fabric.limits.cascade_bytes
+    } else {
+        0
+    };
+    let mut payload = Whole {
+        bytes: rest,
+        ended: false,
+    };
+    if may_repeat {
+        payload.read(leg, limit, request.due).await?;
+    }
+    let mut lost: Option<Arc<WorkerModel>> = None;
+    loop {
+        let slot = tokio::select! {
+            slot = place(caller, &request, None, lost.as_ref()) => slot?,
+            _ = leg.send.stopped() => return Ok(leg.abandon(Code::Cancelled)),
+        };
+        *tier = Some(slot.worker.tier);
+        let threshold = request
+            .header
+            .min_confidence
+            .filter(|_| payload.ended && slot.worker.tier == Tier::Edge);
+        let reason = match (request.header.min_confidence, payload.ended) {
+            (Some(_), false) => format!(
+                "{}; the request is over {limit} bytes and cannot be escalated",
+                slot.choice.reason
+            ),
+            _ => slot.choice.reason.clone(),
+        };
+        match ask(
+            caller, &request, leg, &payload, slot, reason, threshold, None,
+        )
+        .await?
+        {
+            Attempt::Done(code) => return Ok(code),
+            Attempt::Refused(status) => return Err(status),
+            Attempt::Unsure(held) => {
+                return escalate(caller, &request, leg, &payload, *held, tier).await;
+            }
+            Attempt::Lost(worker)
+                if request.header.idempotent && payload.ended && lost.is_none() =>
+            {
+                lost = Some(worker);
+            }
+            Attempt::Lost(worker) => {
+                return Err(Status::new(
+                    Code::Unavailable,
+                    format!(
+                        "worker {} was lost after it got the request",
+                        worker.identity
+                    ),
+                ));
+            }
+        }
+    }
+}
+
+/// Asks a cloud worker in place of an unsure edge answer, which is used after all when that fails.
+async fn escalate(
+    caller: &Caller,
+    request: &Checked,
+    leg: &mut Leg,
+    payload: &Whole,
+    mut held: Held,
+    tier: &mut Option<Tier>,
+) -> Result<Code, Status> {
+    let confidence = held.answer.confidence.unwrap_or_default();
+    let left = request.due.saturating_duration_since(Instant::now());
+    let total = request.due.saturating_duration_since(request.begun);
+    let kept = if left < total / CASCADE_SHARE {
+        format!("edge answer of confidence {confidence:.3} kept: too little time to escalate")
+    } else {
+        match place(caller, request, Some(Tier::Cloud), None).await {
+            Err(status) => format!(
+                "edge answer of confidence {confidence:.3} kept: no cloud worker ({})",
+                status.message
+            ),
+            Ok(slot) => {
+                let reason = format!(
+                    "edge confidence {confidence:.3} was too low; {}",
+                    slot.choice.reason
+                );
+                match ask(
+                    caller,
+                    request,
+                    leg,
+                    payload,
+                    slot,
+                    reason,
+                    None,
+                    Some(confidence),
+                )
+                .await?
+                {
+                    Attempt::Done(code) => {
+                        *tier = Some(Tier::Cloud);
+                        caller.fabric.metrics.escalations.inc();
+                        // The edge has nothing more to say; its slot is free again.
+                        held.leg.abandon(Code::Ok);
+                        held.slot.complete();
+                        return Ok(code);
+                    }
+                    Attempt::Refused(status) => format!(
+                        "edge answer of confidence {confidence:.3} kept: the cloud answered {status}"
+                    ),
+                    Attempt::Lost(_) | Attempt::Unsure(_) => {
+                        format!(
+                            "edge answer of confidence {confidence:.3} kept: the cloud worker was lost"
+                        )
+                    }
+                }
+            }
+        }
+    };
+    let Held {
+        answer,
+        leg: mut edge,
+        rest,
+        slot,
+    } = held;
+    let answer = complete_answer(answer, request, &slot, kept, None);
+    Ok(pass_on(caller, leg, &mut edge, &answer, rest, slot, request.due).await)
+}
+
+/// Asks one worker. An error is an interruption after which nothing else may be tried.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one request, one worker, and how to treat the answer"
+)]
+async fn ask(
+    caller: &Caller,
+    request: &Checked,
+    leg: &mut Leg,
+    payload: &Whole,
+    slot: Slot,
+    reason: String,
+    threshold: Option<f32>,
+    edge_confidence: Option<f32>,
+) -> Result<Attempt, Status> {
+    let onward = wire::InferHeader {
+        deadline_ms: left_ms(request.due),
+        caller: caller.identity.uri().to_owned(),
+        registration: slot.worker.registration,
+        ..request.header.clone()
+    };
+    let opened = tokio::time::timeout_at(
+        request.due.into(),
+        Leg::open(&slot.worker.connection, frame::encode(Kind::INFER, &onward)),
+    );
+    let mut worker = match opened.await {
+        Ok(Some(worker)) => worker,
+        Ok(None) => return Ok(Attempt::Lost(Arc::clone(&slot.worker))),
+        Err(_) => {
+            return Err(Status::new(
+                Code::DeadlineExceeded,
+                "the worker took no request in time",
+            ));
+        }
+    };
+    let limit = caller.fabric.limits.max_frame_bytes;
+    let mut tracker = ResponseTracker::new(limit);
+    let came = {
+        let Leg {
+            send: worker_send,
+            recv: worker_recv,
+        } = &mut worker;
+        let stopped = std::pin::pin!(leg.send.stopped());
+        let pump = std::pin::pin!(forward(&mut leg.recv, worker_send, payload));
+        let deadline = std::pin::pin!(tokio::time::sleep_until(request.due.into()));
+        let mut exchange = Exchange {
+            stopped,
+            request: pump,
+            deadline,
+            forwarding: true,
+        };
+        match exchange.during(first_frame(worker_recv, limit)).await {
+            Err(interrupted) => Came::Nothing(interrupted),
+            Ok(first) => match read_answer(first) {
+                Err(unanswered) => Came::Unanswered(unanswered),
+                Ok((answer, rest))
+                    if threshold.is_some_and(|least| answer.confidence.unwrap_or(1.0) < least) =>
+                {
+                    Came::Unsure(answer, rest)
+                }
+                Ok((answer, rest)) => {
+                    let answer = complete_answer(answer, request, &slot, reason, edge_confidence);
+                    let sent = send_answer(worker_recv, &mut leg.send, &answer, rest, &mut tracker);
+                    Came::Answer(exchange.during(sent).await)
+                }
+            },
+        }
+    };
+    match came {
+        Came::Nothing(interrupted) => {
+            let status = interruption(interrupted);
+            worker.abandon(status.code);
+            Err(status)
+        }
+        Came::Unanswered(Unanswered::Lost) => {
+            worker.abandon(Code::Unavailable);
+            Ok(Attempt::Lost(Arc::clone(&slot.worker)))
+        }
+        Came::Unanswered(Unanswered::Status(status)) => {
+            worker.abandon(status.code);
+            Ok(Attempt::Refused(status))
+        }
+        Came::Unsure(answer, rest) => Ok(Attempt::Unsure(Box::new(Held {
+            answer,
+            leg: worker,
+            rest,
+            slot,
+        }))),
+        Came::Answer(outcome) => {
+            let code = exchange::conclude(leg, &mut worker, &tracker, outcome).await;
+            if code == Code::Ok {
+                slot.complete();
+            }
+            Ok(Attempt::Done(code))
+        }
+    }
+}
+
+/// What came back from a worker.
+enum Came {
+    /// Nothing before the exchange was interrupted.
+    Nothing(Interrupted),
+    /// No answer.
+    Unanswered(Unanswered),
+    /// An answer below the confidence wanted, and what was read after it.
+    Unsure(wire::InferAnswer, Bytes),
+    /// An answer, which was passed on to this end.
+    Answer(Result<ResponseEnd, Interrupted>),
+}
+
+/// Why a worker's response has no answer.
+enum Unanswered {
+    /// The worker is gone.
+    Lost,
+    /// It says so itself, or broke the protocol.
+    Status(Status),
+}
+
+/// Reads the first frame of a worker's response.
+fn read_answer(
+    first: Result<Option<(Frame, Bytes)>, ReadFrameError>,
+) -> Result<(wire::InferAnswer, Bytes), Unanswered> {
+    let broken = |why: String| {
+        Unanswered::Status(Status::new(
+            Code::Internal,
+            format!("the worker broke the protocol: {why}"),
+        ))
+    };
+    let (frame, rest) = match first {
+        Ok(Some(first)) => first,
+        Ok(None) | Err(ReadFrameError::Read(_)) => return Err(Unanswered::Lost),
+        Err(ReadFrameError::Frame(error)) => return Err(broken(error.to_string())),
+    };
+    match frame.kind {
+        Kind::ANSWER => match frame::decode("answer", frame.body) {
+            Ok(answer) => Ok((answer, rest)),
+            Err(error) => Err(broken(error.to_string())),
+        },
+        Kind::STATUS => match frame::decode::<wire::Status>("status", frame.body).map(Status::from)
+        {
+            Ok(status) if status.is_ok() => Err(broken("it ended without an answer".to_owned())),
+            Ok(status) => Err(Unanswered::Status(status)),
+            Err(error) => Err(broken(error.to_string())),
+        },
+        Kind(other) => Err(broken(format!(
+            "first frame of kind {other}: expected ANSWER or STATUS"
+        ))),
+    }
+}
+
+/// Passes on an answer that was held back.
+async fn pass_on(
+    caller: &Caller,
+    leg: &mut Leg,
+    worker: &mut Leg,
+    answer: &wire::InferAnswer,
+    rest: Bytes,
+    slot: Slot,
+    due: Instant,
+) -> Code {
+    let mut tracker = ResponseTracker::new(caller.fabric.limits.max_frame_bytes);
+    let outcome = {
+        let stopped = std::pin::pin!(leg.send.stopped());
+        let nothing = std::pin::pin!(std::future::pending());
+        let deadline = std::pin::pin!(tokio::time::sleep_until(due.into()));
+        let mut exchange = Exchange {
+            stopped,
+            request: nothing,
+            deadline,
+            forwarding: false,
+        };
+        exchange
+            .during(send_answer(
+                &mut worker.recv,
+                &mut leg.send,
+                answer,
+                rest,
+                &mut tracker,
+            ))
+            .await
+    };
+    let code = exchange::conclude(leg, worker, &tracker, outcome).await;
+    if code == Code::Ok {
+        slot.complete();
+    }
+    code
+}
+
+async fn send_answer(
+    from: &mut quinn::RecvStream,
+    to: &mut quinn::SendStream,
+    answer: &wire::InferAnswer,
+    rest: Bytes,
+    tracker: &mut ResponseTracker,
+) -> ResponseEnd {
+    if let Err(error) = tracker.feed(&rest) {
+        return ResponseEnd::Malformed(error.to_string());
+    }
+    let mut chunks = [frame::encode(Kind::ANSWER, answer), rest];
+    if to.write_all_chunks(&mut chunks).await.is_err() {
+        return ResponseEnd::CallerGone;
+    }
+    exchange::copy_response(from, to, tracker).await
+}
+
+/// Fills in what only the broker knows.
+fn complete_answer(
+    answer: wire::InferAnswer,
+    request: &Checked,
+    slot: &Slot,
+    reason: String,
+    edge_confidence: Option<f32>,
+) -> wire::InferAnswer {
+    let compute = Duration::from_micros(answer.compute_us.saturating_add(answer.queue_us));
+    let overhead = request.begun.elapsed().saturating_sub(compute);
+    wire::InferAnswer {
+        model: request.model.as_str().to_owned(),
+        version: slot.worker.version.clone(),
+        request_id: request.header.request_id.clone(),
+        worker: slot.worker.identity.uri().to_owned(),
+        tier: slot.worker.tier.to_wire(),
+        placement_us: u64::try_from(overhead.as_micros()).unwrap_or(u64::MAX),
+        reason,
+        escalated: edge_confidence.is_some(),
+        edge_confidence,
+        ..answer
+    }
+}
+
+async fn first_frame(
+    recv: &mut quinn::RecvStream,
+    limit: usize,
+) -> Result<Option<(Frame, Bytes)>, ReadFrameError> {
+    let mut reader = FrameReader::new(recv, limit);
+    let frame = reader.next().await?;
+    let (_, rest) = reader.into_parts();
+    Ok(frame.map(|frame| (frame, rest)))
+}
+
+async fn forward(
+    from: &mut quinn::RecvStream,
+    to: &mut quinn::SendStream,
+    payload: &Whole,
+) -> exchange::RequestEnd {
+    if !payload.ended {
+        return exchange::forward_request(from, to, payload.bytes.clone()).await;
+    }
+    if to.write_chunk(payload.bytes.clone()).await.is_err() {
+        return exchange::RequestEnd::CalleeStopped;
+    }
+    let _ = to.finish();
+    exchange::RequestEnd::Finished
+}
+
+/// The request's payload as far as it was read.
+struct Whole {
+    bytes: Bytes,
+    /// There is no more of it.
+    ended: bool,
+}
+
+impl Whole {
+    /// Reads to the end, or until more than `limit` bytes are held.
+    async fn read(&mut self, leg: &mut Leg, limit: usize, due: Instant) -> Result<(), Status> {
+        let mut held = BytesMut::from(std::mem::take(&mut self.bytes));
+        while held.len() <= limit {
+            match tokio::time::timeout_at(due.into(), leg.recv.read_chunk(usize::MAX, true)).await {
+                Ok(Ok(Some(chunk))) => held.extend_from_slice(&chunk.bytes),
+                Ok(Ok(None)) => {
+                    self.ended = true;
+                    break;
+                }
+                Ok(Err(_)) => return Err(Status::new(Code::Cancelled, "the caller gave up")),
+                Err(_) => {
+                    return Err(Status::new(
+                        Code::DeadlineExceeded,
+                        "the request did not arrive in time",
+                    ));
+                }
+            }
+        }
+        self.bytes = held.freeze();
+        Ok(())
+    }
+}
+
+fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> {
+    let invalid = |message: String| Status::new(Code::InvalidArgument, message);
+    let begun = Instant::now();
+    if let Some(least) = header.min_confidence
+        && !(0.0..=1.0).contains(&least)
+    {
+        return Err(invalid(format!(
+            "minimum confidence {least}: expected 0 to 1"
+        )));
+    }
+    Ok(Checked {
+        model: TopicName::parse(header.model.as_str())
+            .map_err(|error| invalid(error.to_string()))?,
+        residency: Residency::from_wire(header.residency)
+            .map_err(|error| invalid(error.to_string()))?,
+        preference: Preference::from_wire(header.preference)
+            .map_err(|error| invalid(error.to_string()))?,
+        due: caller.due(header.deadline_ms, begun),
+        begun,
+        header,
+    })
+}
+
+async fn place(
+    caller: &Caller,
+    request: &Checked,
+    tier: Option<Tier>,
+    exclude: Option<&Arc<WorkerModel>>,
+) -> Result<Slot, Status> {
+    let fabric = &caller.fabric;
+    let bounds = Request {
+        site: caller.identity.site(),
+        version: &request.header.version,
+        residency: request.residency,
+        preference: if request.header.min_confidence.is_some()
+            && request.preference == Preference::Fastest
+        {
+            // A cascade begins where it is cheap.
+            Preference::Edge
+        } else {
+            request.preference
+        },
+        tier,
+        deadline: Duration::ZERO,
+    };
+    let patience = Patience {
+        // The cloud is asked instead of using an answer that is there: it must be free now.
+        waiting: if tier.is_some() {
+            0
+        } else {
+            fabric.limits.waiting_per_model
+        },
+        start_grace: if tier.is_some() {
+            Duration::ZERO
+        } else {
+            fabric.start_grace(Instant::now())
+        },
+        resume_grace: if tier.is_some() {
+            Duration::ZERO
+        } else {
+            fabric.limits.resume_grace
+        },
+        deadline: request.due,
+    };
+    let model = &request.model;
+    caller
+        .tenant
+        .models
+        .place(&caller.tenant, model, &bounds, exclude, patience)
+        .await
+        .map_err(|refusal| match refusal {
+            Refusal::NotFound if request.header.version.is_empty() => {
+                Status::new(Code::NotFound, format!("no worker runs the model {model}"))
+            }
+            Refusal::NotFound => Status::new(
+                Code::NotFound,
+                format!("no worker runs version {:?} of the model {model}", request.header.version),
+            ),
+            Refusal::Residency => {
+                fabric.metrics.privacy_refusals.inc();
+                Status::new(
+                    Code::FailedPrecondition,
+                    format!(
+                        "no worker at site {:?} runs the model {model}, and residency {} keeps the request there",
+                        caller.identity.site(),
+                        request.residency
+                    ),
+                )
+            }
+            Refusal::Busy { .. } if Instant::now() >= request.due => {
+                Status::new(Code::DeadlineExceeded, format!("no worker for {model} was free in time"))
+            }
+            Refusal::Busy { retry_after } => {
+                Status::new(Code::ResourceExhausted, format!("every worker for {model} is busy"))
+                    .retry_after(retry_after)
+            }
+            Refusal::TooLate { estimate } => Status::new(
+                Code::DeadlineExceeded,
+                format!("no worker for {model} can answer in time: the best would take {estimate:.1?}"),
+            ),
+        })
+}

@@ -1,0 +1,216 @@
+//! The native listener: QUIC endpoint, accept loop and transport settings.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
+use selvedge_certs::{Credentials, TrustAnchors};
+use selvedge_proto::ALPN;
+use selvedge_proto::status::Code;
+
+use crate::config::Limits;
+use crate::fabric::Fabric;
+
+mod connection;
+mod control;
+mod delivery;
+mod ingest;
+mod reader;
+
+pub(crate) use self::reader::{FrameReader, ReadFrameError};
+
+/// Name of this listener in metrics.
+const LISTENER: &str = "quic";
+
+/// Kernel buffer asked for on the UDP socket. The default of about 200 KiB overflows within a
+/// millisecond at full speed, which QUIC then takes for congestion.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// Opens the endpoint. Nothing is accepted before [`accept`] runs.
+///
+/// # Errors
+/// The address is taken or not this machine's.
+pub fn bind(
+    address: SocketAddr,
+    credentials: &Credentials,
+    trust: &TrustAnchors,
+    limits: &Limits,
+) -> Result<Endpoint, BindError> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::DGRAM,
+        Some(socket2::Protocol::UDP),
+    )?;
+    // Best effort: the system may allow less.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    if address.is_ipv6() {
+        let _ = socket.set_only_v6(false);
+    }
+    socket.bind(&address.into())?;
+    let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
+    let config = server_config(credentials, trust, limits)?;
+    Ok(Endpoint::new(
+        EndpointConfig::default(),
+        Some(config),
+        socket.into(),
+        runtime,
+    )?)
+}
+
+/// The server side's TLS and transport settings, for endpoints that are made elsewhere.
+///
+/// # Errors
+/// The certificate and key cannot be used.
+pub fn server_config(
+    credentials: &Credentials,
+    trust: &TrustAnchors,
+    limits: &Limits,
+) -> Result<ServerConfig, selvedge_certs::TlsError> {
+    let domain = credentials.identity().trust_domain();
+    let tls = selvedge_certs::quic_server_config(credentials, trust, Some(domain), &[ALPN])?;
+    let mut config = ServerConfig::with_crypto(Arc::new(tls));
+    config.transport_config(Arc::new(transport(limits)));
+    Ok(config)
+}
+
+/// Why the endpoint cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The socket cannot be opened or bound.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// Certificate or key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] selvedge_certs::TlsError),
+    /// Called outside an async runtime.
+    #[error("no async runtime: bind from within tokio")]
+    NoRuntime,
+}
+
+fn transport(limits: &Limits) -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    transport
+        .max_idle_timeout(quinn::IdleTimeout::try_from(limits.idle_timeout).ok())
+        .max_concurrent_bidi_streams(VarInt::from_u32(limits.calls_per_connection + 1))
+        // Publish lanes: one for each class and some for isolation.
+        .max_concurrent_uni_streams(VarInt::from_u32(64));
+    // One acknowledgement for 25 packets instead of 2: a broker sends far more than it receives,
+    // and each acknowledgement costs it a packet to read.
+    let mut acks = quinn::AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(25));
+    transport.ack_frequency_config(Some(acks));
+    transport
+}
+
+/// Accepts connections until the broker stops. One client's handshake never delays another's: each
+/// runs in its own task.
+pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint) {
+    let handshakes = Arc::new(AtomicUsize::new(0));
+    loop {
+        let incoming = tokio::select! {
+            incoming = endpoint.accept() => incoming,
+            () = fabric.shutdown.cancelled() => None,
+        };
+        let Some(incoming) = incoming else {
+            return;
+        };
+        // An address that was not proven gets a Retry once many handshakes are in progress, since
+        // the endpoint may otherwise send three times what it receives to a forged address.
+        if !incoming.remote_address_validated()
+            && incoming.may_retry()
+            && handshakes.load(Ordering::Relaxed) >= fabric.limits.handshakes_before_retry
+        {
+            let _ = incoming.retry();
+            continue;
+        }
+        let Ok(slot) = Arc::clone(&fabric.connection_slots).try_acquire_owned() else {
+            fabric.metrics.refuse(LISTENER, "connection_limit");
+            incoming.refuse();
+            continue;
+        };
+        let handshake = Handshake::begin(&handshakes);
+        let task = Arc::clone(&fabric);
+        fabric.tasks.spawn(async move {
+            let _slot = slot;
+            serve(task, incoming, handshake).await;
+        });
+    }
+}
+
+/// One handshake in progress, until dropped.
+struct Handshake(Arc<AtomicUsize>);
+
+impl Handshake {
+    fn begin(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake) {
+    let remote = incoming.remote_address();
+    let connecting = match incoming.accept() {
+        Ok(connecting) => connecting,
+        Err(error) => {
+            tracing::debug!(%remote, %error, "connection refused before its handshake");
+            fabric.metrics.refuse(LISTENER, "handshake");
+            return;
+        }
+    };
+    let connection = match tokio::time::timeout(fabric.limits.handshake_timeout, connecting).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            let reason = selvedge_certs::explain_connection_error(&error);
+            tracing::warn!(%remote, %reason, "handshake failed");
+            fabric.metrics.refuse(LISTENER, handshake_reason(&error));
+            return;
+        }
+        Err(_) => {
+            fabric.metrics.refuse(LISTENER, "handshake_timeout");
+            return;
+        }
+    };
+    drop(handshake);
+    let identity = match selvedge_certs::peer_identity_of_quinn(&connection) {
+        Ok(identity) => identity,
+        // The verifier has refused such certificates already.
+        Err(error) => {
+            fabric.metrics.refuse(LISTENER, "identity");
+            connection.close(
+                Code::Unauthenticated.to_quic().into(),
+                error.to_string().as_bytes(),
+            );
+            return;
+        }
+    };
+    let guard = fabric.metrics.connected(LISTENER);
+    connection::run(&fabric, connection, identity).await;
+    drop(guard);
+}
+
+fn handshake_reason(error: &quinn::ConnectionError) -> &'static str {
+    match error {
+        quinn::ConnectionError::TransportError(_) => "certificate_refused_here",
+        quinn::ConnectionError::ConnectionClosed(_) => "refused_by_peer",
+        quinn::ConnectionError::TimedOut => "handshake_timeout",
+        _ => "handshake",
+    }
+}
+
+/// Stops the endpoint: says goodbye with what is left of `grace`, and frees the port.
+pub async fn close(endpoint: &Endpoint, grace: Duration) {
+    endpoint.close(
+        Code::Unavailable.to_quic().into(),
+        b"the broker is stopping",
+    );
+    let _ = tokio::time::timeout(grace, endpoint.wait_idle()).await;
+}

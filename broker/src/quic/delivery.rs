@@ -1,0 +1,174 @@
+//! Delivery lanes: writes what waits in a queue, as much at once as there is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use quinn::{SendStream, WriteError};
+use selvedge_proto::frame::{self, Kind};
+use selvedge_proto::lane::{self, MessageRef};
+use selvedge_proto::message::Qos;
+use selvedge_proto::wire;
+
+use crate::batch::{Batch, Flow};
+use crate::metrics::Metrics;
+use crate::queue::{DeliveryQueue, Entry};
+
+/// Bytes taken from the queue for one write.
+const BUDGET: usize = 256 * 1024;
+
+/// Pieces below this size are copied together, since each piece costs the transport more than the
+/// copy does.
+const SMALL: usize = 1024;
+
+/// Announcements after which a lane forgets them all, which bounds both ends' tables.
+const MAX_BINDINGS: usize = 65_536;
+
+/// One delivery lane.
+pub(super) struct Delivery {
+    queue: Arc<DeliveryQueue>,
+    metrics: Arc<Metrics>,
+    /// QoS 1 bytes that may be unacknowledged.
+    inflight: usize,
+    lane: u32,
+    /// Flows announced on this lane, by id. Kept alive so that an id cannot mean another.
+    bound: HashMap<u32, Arc<Flow>>,
+    last: Option<Arc<Flow>>,
+}
+
+impl Delivery {
+    pub(super) fn new(
+        queue: Arc<DeliveryQueue>,
+        metrics: Arc<Metrics>,
+        inflight: usize,
+        lane: u32,
+    ) -> Self {
+        Self {
+            queue,
+            metrics,
+            inflight,
+            lane,
+            bound: HashMap::new(),
+            last: None,
+        }
+    }
+
+    /// Writes until the queue closes or the stream ends.
+    pub(super) async fn run(mut self, mut stream: SendStream) -> Result<(), WriteError> {
+        let _ = stream.set_priority(self.queue.class.priority());
+        let header = wire::LaneHeader {
+            lane: self.lane,
+            class: wire::Class::from(self.queue.class) as i32,
+            subscription: self.queue.subscription,
+        };
+        stream
+            .write_chunk(frame::encode(Kind::LANE, &header))
+            .await?;
+        let mut chunks = Vec::new();
+        loop {
+            if !self.queue.has_window(self.inflight) {
+                self.queue.woken().await;
+                continue;
+            }
+            let taken = self.queue.take(BUDGET, Instant::now());
+            if taken.expired > 0 {
+                self.metrics.dropped_expired.inc_by(taken.expired.into());
+            }
+            self.metrics
+                .drop_messages("too_large_for_receiver", taken.too_large.into());
+            if taken.entries.is_empty() {
+                if self.queue.is_closed() {
+                    let _ = stream.finish();
+                    return Ok(());
+                }
+                if taken.left_out() == 0 {
+                    self.queue.woken().await;
+                }
+                continue;
+            }
+            self.encode(&taken.entries, &mut chunks);
+            stream.write_all_chunks(&mut chunks).await?;
+            chunks.clear();
+        }
+    }
+
+    fn encode(&mut self, entries: &[Entry], chunks: &mut Vec<Bytes>) {
+        let mut small = BytesMut::new();
+        let mut messages = 0u64;
+        let mut bytes = 0u64;
+        for entry in entries {
+            let batch = &entry.batch;
+            messages += u64::from(batch.count);
+            bytes += (batch.frames.len() + batch.payload.len()) as u64;
+            self.bind(&batch.flow, &mut small);
+            if entry.duplicate {
+                put_duplicates(&mut small, batch);
+                continue;
+            }
+            for piece in [&batch.frames, &batch.payload] {
+                if piece.len() < SMALL {
+                    small.extend_from_slice(piece);
+                } else {
+                    if !small.is_empty() {
+                        chunks.push(small.split().freeze());
+                    }
+                    chunks.push(piece.clone());
+                }
+            }
+        }
+        if !small.is_empty() {
+            chunks.push(small.freeze());
+        }
+        self.metrics.messages_out.inc_by(messages);
+        self.metrics.bytes_out.inc_by(bytes);
+    }
+
+    /// Announces a flow unless the lane knows it.
+    fn bind(&mut self, flow: &Arc<Flow>, small: &mut BytesMut) {
+        if self
+            .last
+            .as_ref()
+            .is_some_and(|last| Arc::ptr_eq(last, flow))
+        {
+            return;
+        }
+        self.last = Some(Arc::clone(flow));
+        if self
+            .bound
+            .get(&flow.id)
+            .is_some_and(|held| Arc::ptr_eq(held, flow))
+        {
+            return;
+        }
+        if self.bound.len() >= MAX_BINDINGS {
+            self.bound.clear();
+            frame::put_head(small, Kind::UNBIND, 0);
+        }
+        small.extend_from_slice(&flow.bind);
+        self.bound.insert(flow.id, Arc::clone(flow));
+    }
+}
+
+/// The batch again with the duplicate flag on every message.
+fn put_duplicates(buffer: &mut BytesMut, batch: &Batch) {
+    let mut rest = batch.frames.clone();
+    for message in batch.messages() {
+        // The flags are the first byte of each body.
+        let Ok(Some(head)) = frame::peek(&rest, frame::MAX_FRAME) else {
+            return;
+        };
+        let Ok(parsed) = MessageRef::parse(&rest[head.prefix..]) else {
+            return;
+        };
+        let flags = parsed.flags.with_duplicate(batch.qos != Qos::AtMostOnce);
+        lane::put_message(
+            buffer,
+            flags,
+            batch.flow.id,
+            message.header.as_deref(),
+            &message.payload,
+        );
+        let _ = rest.split_to(head.total().min(rest.len()));
+    }
+}

@@ -1,0 +1,320 @@
+//! Publish lanes: reads messages as they come, a read at a time, and acknowledges them.
+
+use bytes::{Buf, Bytes, BytesMut};
+use quinn::{ReadError, RecvStream};
+use selvedge_proto::frame::{self, FrameError, Kind};
+use selvedge_proto::lane::MessageRef;
+use selvedge_proto::message::{Class, Durability, Qos};
+use selvedge_proto::status::Status;
+use selvedge_proto::topic::TopicName;
+use selvedge_proto::wire;
+use tokio::sync::mpsc;
+
+use crate::publisher::{Incoming, LARGE, Payload, Publisher, Topic};
+
+/// Chunks taken from the stream at once; a chunk is about a packet.
+const CHUNKS: usize = 64;
+
+/// One publish lane.
+pub(super) struct Ingest {
+    publisher: Publisher,
+    control: mpsc::Sender<wire::control::Frame>,
+    limit: usize,
+    max_aliases: u32,
+    lane: Option<(u32, Class)>,
+    /// Index is the alias.
+    topics: Vec<Option<Topic>>,
+    /// Aliases with messages taken since the last flush.
+    dirty: Vec<u32>,
+    /// QoS 1 messages received on this lane.
+    number: u64,
+    answers: Answers,
+}
+
+/// What to tell the publisher about the messages of one read.
+#[derive(Default)]
+struct Answers {
+    /// Ranges kept, with the durability.
+    acknowledged: Vec<(u64, u64, Durability)>,
+    refused: Vec<wire::PublishRefused>,
+    marks: Vec<u64>,
+}
+
+/// Why a lane ends the connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum IngestError {
+    /// The publisher broke the protocol.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The lane was reset or the connection lost.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The connection's task is gone.
+    #[error("connection closed")]
+    Closed,
+}
+
+impl Ingest {
+    pub(super) fn new(
+        publisher: Publisher,
+        control: mpsc::Sender<wire::control::Frame>,
+        limit: usize,
+        max_aliases: u32,
+    ) -> Self {
+        Self {
+            publisher,
+            control,
+            limit,
+            max_aliases,
+            lane: None,
+            topics: Vec::new(),
+            dirty: Vec::new(),
+            number: 0,
+            answers: Answers::default(),
+        }
+    }
+
+    /// Reads the lane to its end.
+    pub(super) async fn run(mut self, mut stream: RecvStream) -> Result<(), IngestError> {
+        let mut chunks: [Bytes; CHUNKS] = [const { Bytes::new() }; CHUNKS];
+        let mut buffer = BytesMut::new();
+        while let Some(count) = stream.read_chunks(&mut chunks).await? {
+            let bytes = chunks[..count].iter().map(Bytes::len).sum();
+            // Nothing is kept while the lane is idle: the buffer is as large as one read.
+            buffer.reserve(bytes);
+            for chunk in &mut chunks[..count] {
+                buffer.extend_from_slice(chunk);
+                *chunk = Bytes::new();
+            }
+            let taken = self.take(&mut buffer);
+            self.flush();
+            self.answer().await?;
+            taken?;
+            if buffer.is_empty() {
+                buffer = BytesMut::new();
+            }
+        }
+        if buffer.is_empty() {
+            Ok(())
+        } else {
+            Err(FrameError::Truncated { missing: 1 }.into())
+        }
+    }
+
+    /// Takes every whole frame out of `buffer`.
+    fn take(&mut self, buffer: &mut BytesMut) -> Result<(), FrameError> {
+        let mut position = 0;
+        loop {
+            let rest = &buffer[position..];
+            let Some(head) = frame::peek(rest, self.limit)? else {
+                break;
+            };
+            if rest.len() < head.total() {
+                let missing = head.total() - rest.len();
+                buffer.advance(position);
+                buffer.reserve(missing);
+                return Ok(());
+            }
+            if head.kind == Kind::MESSAGE && head.body >= LARGE {
+                buffer.advance(position);
+                position = 0;
+                let body = buffer.split_to(head.total()).freeze().slice(head.prefix..);
+                let message = MessageRef::parse(&body)?;
+                let payload = Payload::Shared(body.slice_ref(message.payload));
+                self.message(message, payload)?;
+                continue;
+            }
+            let body = &rest[head.prefix..head.total()];
+            if head.kind == Kind::MESSAGE {
+                let message = MessageRef::parse(body)?;
+                self.message(message, Payload::Borrowed(message.payload))?;
+            } else {
+                let body = Bytes::copy_from_slice(body);
+                self.other(head.kind, body)?;
+            }
+            position += head.total();
+        }
+        buffer.advance(position);
+        Ok(())
+    }
+
+    #[inline]
+    fn message(&mut self, message: MessageRef<'_>, payload: Payload<'_>) -> Result<(), FrameError> {
+        let qos = message.flags.qos()?;
+        let topic = self
+            .topics
+            .get_mut(message.alias as usize)
+            .and_then(Option::as_mut)
+            .ok_or_else(|| {
+                malformed(
+                    "message",
+                    format!("alias {} is not bound on this lane", message.alias),
+                )
+            })?;
+        let incoming = Incoming {
+            qos,
+            retain: message.flags.retain(),
+            header: message.header,
+            payload,
+        };
+        if qos == Qos::AtMostOnce {
+            match self.publisher.publish(topic, &incoming) {
+                Ok(()) => mark_dirty(&mut self.dirty, message.alias),
+                Err(status) => self.answers.refuse_unnumbered(topic.name(), status),
+            }
+            return Ok(());
+        }
+        if qos == Qos::ExactlyOnce {
+            return Err(malformed(
+                "message",
+                "quality of service 2: expected 0 or 1".to_owned(),
+            ));
+        }
+        self.number += 1;
+        let outcome = self
+            .publisher
+            .durability(message.flags.durability())
+            .and_then(|durability| {
+                self.publisher
+                    .publish(topic, &incoming)
+                    .map(|()| durability)
+            });
+        match outcome {
+            Ok(durability) => {
+                mark_dirty(&mut self.dirty, message.alias);
+                self.answers.acknowledge(self.number, durability);
+            }
+            Err(status) => self.answers.refused.push(wire::PublishRefused {
+                lane: 0,
+                number: self.number,
+                topic: topic.name().as_str().to_owned(),
+                count: 1,
+                status: Some(status.into()),
+            }),
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn other(&mut self, kind: Kind, body: Bytes) -> Result<(), FrameError> {
+        match kind {
+            Kind::LANE => {
+                let header: wire::LaneHeader = frame::decode("lane header", body)?;
+                if self.lane.is_some() {
+                    return Err(malformed("lane header", "second on this lane".to_owned()));
+                }
+                self.lane = Some((header.lane, header.class().into()));
+            }
+            Kind::BIND => {
+                let Some((_, class)) = self.lane else {
+                    return Err(malformed("bind", "comes before the lane header".to_owned()));
+                };
+                let bind: wire::Bind = frame::decode("bind", body)?;
+                if bind.alias == 0 || bind.alias > self.max_aliases {
+                    return Err(malformed(
+                        "bind",
+                        format!("alias {}: expected 1 to {}", bind.alias, self.max_aliases),
+                    ));
+                }
+                let topic = TopicName::parse(bind.topic)
+                    .map_err(|error| malformed("bind", error.to_string()))?;
+                self.flush();
+                let index = bind.alias as usize;
+                if self.topics.len() <= index {
+                    self.topics.resize_with(index + 1, || None);
+                }
+                self.topics[index] = Some(self.publisher.open(topic, class));
+            }
+            Kind::UNBIND => {
+                self.flush();
+                self.topics.clear();
+            }
+            Kind::MARK => {
+                let mark: wire::Ping = frame::decode("mark", body)?;
+                self.answers.marks.push(mark.token);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        for alias in self.dirty.drain(..) {
+            if let Some(Some(topic)) = self.topics.get_mut(alias as usize) {
+                self.publisher.flush(topic);
+            }
+        }
+    }
+
+    async fn answer(&mut self) -> Result<(), IngestError> {
+        let answers = std::mem::take(&mut self.answers);
+        let lane = self.lane.map_or(0, |(lane, _)| lane);
+        let mut frames = Vec::new();
+        for (first, last, durability) in answers.acknowledged {
+            self.publisher.count_acknowledged(last - first + 1);
+            frames.push(wire::control::Frame::PublishAck(wire::PublishAck {
+                lane,
+                first,
+                last,
+                durability: wire::Durability::from(durability) as i32,
+            }));
+        }
+        for refused in answers.refused {
+            frames.push(wire::control::Frame::PublishRefused(wire::PublishRefused {
+                lane,
+                ..refused
+            }));
+        }
+        for token in answers.marks {
+            frames.push(wire::control::Frame::Pong(wire::Pong { token }));
+        }
+        for frame in frames {
+            self.control
+                .send(frame)
+                .await
+                .map_err(|_| IngestError::Closed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Answers {
+    fn acknowledge(&mut self, number: u64, durability: Durability) {
+        match self.acknowledged.last_mut() {
+            Some((_, last, held)) if *last + 1 == number && *held == durability => *last = number,
+            _ => self.acknowledged.push((number, number, durability)),
+        }
+    }
+
+    #[cold]
+    fn refuse_unnumbered(&mut self, topic: &TopicName, status: Status) {
+        let known = self
+            .refused
+            .iter_mut()
+            .find(|refused| refused.number == 0 && refused.topic == topic.as_str());
+        if let Some(refused) = known {
+            refused.count += 1;
+            return;
+        }
+        self.refused.push(wire::PublishRefused {
+            lane: 0,
+            number: 0,
+            topic: topic.as_str().to_owned(),
+            count: 1,
+            status: Some(status.into()),
+        });
+    }
+}
+
+#[inline]
+fn mark_dirty(dirty: &mut Vec<u32>, alias: u32) {
+    // Runs of one topic are the common case; a repeated flush of a clean topic costs nothing.
+    if dirty.last() != Some(&alias) {
+        dirty.push(alias);
+    }
+}
+
+#[cold]
+fn malformed(what: &'static str, reason: String) -> FrameError {
+    FrameError::Malformed { what, reason }
+}

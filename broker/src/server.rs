@@ -1,0 +1,272 @@
+//! A running broker: every listener bound, then served until it is shut down.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn::Endpoint;
+use rand::Rng;
+use selvedge_certs::ClientAuth;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+
+use crate::admin;
+use crate::config::Config;
+use crate::fabric::Fabric;
+use crate::mqtt;
+use crate::quic;
+
+/// Time that connections have to end in good order when the broker stops.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Clients are told to come back within this time, each in its own slot.
+const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
+
+/// How often sessions are looked at for expiry.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// A running broker. Dropping it stops it without saying goodbye.
+#[derive(Debug)]
+pub struct Server {
+    fabric: Arc<Fabric>,
+    endpoint: Option<Endpoint>,
+    addresses: Addresses,
+    listeners: Vec<JoinHandle<()>>,
+}
+
+/// Where a broker listens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Native clients.
+    pub quic: Option<SocketAddr>,
+    /// MQTT without TLS.
+    pub mqtt: Option<SocketAddr>,
+    /// MQTT over TLS.
+    pub mqtts: Option<SocketAddr>,
+    /// Health, metrics and the live page.
+    pub admin: Option<SocketAddr>,
+}
+
+/// Why a broker cannot start. No port stays open.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The QUIC listener cannot be opened.
+    #[error("cannot listen for QUIC on {address}: {source}")]
+    Quic {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: quic::BindError,
+    },
+    /// A TCP listener cannot be opened.
+    #[error("cannot listen for {what} on {address}: {source}")]
+    Tcp {
+        /// `MQTT`, `MQTT over TLS` or `admin`.
+        what: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The certificate cannot be used for a listener.
+    #[error(transparent)]
+    Tls(#[from] selvedge_certs::TlsError),
+}
+
+impl Server {
+    /// Opens every port of the configuration, then serves them. When one cannot be opened, none
+    /// is served.
+    ///
+    /// # Errors
+    /// A port is taken, or the certificate cannot be used.
+    pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let endpoint = match config.quic {
+            None => None,
+            Some(address) => Some(
+                quic::bind(address, &config.credentials, &config.trust, &config.limits)
+                    .map_err(|source| BindError::Quic { address, source })?,
+            ),
+        };
+        Self::serve(config, endpoint).await
+    }
+
+    /// As [`Self::bind`], with a QUIC endpoint made elsewhere, for simulation. Its server
+    /// configuration is set here.
+    ///
+    /// # Errors
+    /// As [`Self::bind`].
+    pub async fn bind_with_endpoint(config: Config, endpoint: Endpoint) -> Result<Self, BindError> {
+        endpoint.set_server_config(Some(quic::server_config(
+            &config.credentials,
+            &config.trust,
+            &config.limits,
+        )?));
+        Self::serve(config, Some(endpoint)).await
+    }
+
+    async fn serve(config: Config, endpoint: Option<Endpoint>) -> Result<Self, BindError> {
+        let tls = match config.mqtt.tls {
+            None => None,
+            Some(address) => {
+                let auth = if config.mqtt.passwords.is_some() {
+                    ClientAuth::Optional(&config.trust)
+                } else {
+                    ClientAuth::Required(&config.trust)
+                };
+                let domain = config.credentials.identity().trust_domain();
+                let tls = selvedge_certs::tcp_server_config(
+                    &config.credentials,
+                    auth,
+                    Some(domain),
+                    &[b"mqtt"],
+                )?;
+                Some((
+                    listen("MQTT over TLS", address).await?,
+                    TlsAcceptor::from(tls),
+                ))
+            }
+        };
+        let plaintext = match &config.mqtt.danger_plaintext {
+            None => None,
+            Some((address, identity)) => Some((listen("MQTT", *address).await?, identity.clone())),
+        };
+        let admin = match config.admin {
+            None => None,
+            Some(address) => Some(listen("admin", address).await?),
+        };
+        let addresses = Addresses {
+            quic: endpoint
+                .as_ref()
+                .and_then(|endpoint| endpoint.local_addr().ok()),
+            mqtt: plaintext
+                .as_ref()
+                .and_then(|(listener, _)| listener.local_addr().ok()),
+            mqtts: tls
+                .as_ref()
+                .and_then(|(listener, _)| listener.local_addr().ok()),
+            admin: admin
+                .as_ref()
+                .and_then(|listener| listener.local_addr().ok()),
+        };
+
+        let fabric = Fabric::new(
+            &config.name,
+            config.credentials.identity().clone(),
+            config.limits,
+            config.policy,
+        );
+        let mut listeners = Vec::new();
+        if let Some(endpoint) = &endpoint {
+            listeners.push(tokio::spawn(quic::accept(
+                Arc::clone(&fabric),
+                endpoint.clone(),
+            )));
+        }
+        if let Some((listener, acceptor)) = tls {
+            let mode = mqtt::Mode::Tls {
+                acceptor,
+                passwords: config.mqtt.passwords,
+            };
+            listeners.push(tokio::spawn(mqtt::listen(
+                Arc::clone(&fabric),
+                listener,
+                mode,
+            )));
+        }
+        if let Some((listener, identity)) = plaintext {
+            let mode = mqtt::Mode::Plaintext { identity };
+            listeners.push(tokio::spawn(mqtt::listen(
+                Arc::clone(&fabric),
+                listener,
+                mode,
+            )));
+        }
+        if let Some(listener) = admin {
+            listeners.push(tokio::spawn(admin::serve(Arc::clone(&fabric), listener)));
+        }
+        listeners.push(tokio::spawn(sweep(Arc::clone(&fabric))));
+        tracing::info!(broker = %fabric.name, ?addresses, "the broker is ready");
+        Ok(Self {
+            fabric,
+            endpoint,
+            addresses,
+            listeners,
+        })
+    }
+
+    /// Where the broker listens, with the ports that were chosen for port 0.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// The broker's state, for inspection.
+    pub fn fabric(&self) -> &Arc<Fabric> {
+        &self.fabric
+    }
+
+    /// Waits until a listener ends, which it only does when the broker is shut down or at fault.
+    pub async fn join(&mut self) {
+        if self.listeners.is_empty() {
+            return;
+        }
+        let (_, _, rest) = futures_util::future::select_all(self.listeners.drain(..)).await;
+        self.listeners = rest;
+    }
+
+    /// Stops the broker in good order.
+    pub async fn shutdown(mut self) {
+        // 1. Readiness goes first, so that load balancers look elsewhere, and accept loops end.
+        self.fabric.shutdown.cancel();
+        // 2. Every connection is told to go and when to come back, each in its own slot.
+        self.fabric
+            .kick_all(|| RECONNECT_SPREAD.mul_f64(rand::rng().random_range(0.05..1.0)));
+        // 3. They flush and close.
+        self.fabric.tasks.close();
+        let _ = tokio::time::timeout(DRAIN, self.fabric.tasks.wait()).await;
+        // 4. What is left is cut off, and the ports are free.
+        if let Some(endpoint) = &self.endpoint {
+            quic::close(endpoint, Duration::from_secs(1)).await;
+        }
+        for listener in std::mem::take(&mut self.listeners) {
+            listener.abort();
+            let _ = listener.await;
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.fabric.shutdown.cancel();
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.close(
+                selvedge_proto::status::Code::Unavailable.to_quic().into(),
+                b"the broker was dropped",
+            );
+        }
+        for listener in &self.listeners {
+            listener.abort();
+        }
+    }
+}
+
+async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| BindError::Tcp {
+            what,
+            address,
+            source,
+        })
+}
+
+/// Ends sessions whose time without a connection is over.
+async fn sweep(fabric: Arc<Fabric>) {
+    let mut ticks = tokio::time::interval(SWEEP);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => fabric.expire_sessions(Instant::now()),
+            () = fabric.shutdown.cancelled() => return,
+        }
+    }
+}
