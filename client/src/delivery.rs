@@ -403,3 +403,6 @@ impl Aliases {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

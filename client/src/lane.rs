@@ -568,3 +568,6 @@ impl SendBuffer {
         std::mem::take(&mut self.pieces)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -351,7 +351,8 @@ impl std::fmt::Display for Endpoint {
 
 /// Whole seconds, rounded up so that a short duration does not become none.
 pub(crate) fn whole_seconds(duration: Duration) -> u32 {
-    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    let part = u64::from(duration.subsec_nanos() > 0);
+    let seconds = duration.as_secs().saturating_add(part);
     u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 

@@ -399,7 +399,11 @@ impl Route {
     }
 
     /// Swaps everything that waits into `ready`, which is empty. `false` at the end.
-    fn poll_take(&self, context: &mut Context<'_>, ready: &mut VecDeque<Message>) -> Poll<bool> {
+    pub(crate) fn poll_take(
+        &self,
+        context: &mut Context<'_>,
+        ready: &mut VecDeque<Message>,
+    ) -> Poll<bool> {
         let mut queue = lock(&self.queue);
         if queue.messages.is_empty() {
             if queue.ended.is_some() {
