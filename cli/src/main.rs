@@ -1,2 +1,143 @@
-//! placeholder
-fn main() {}
+//! The `selvedge` binary: arguments, logging, dispatch, exit code.
+
+mod bridge;
+mod broker;
+mod call;
+mod certs;
+mod connect;
+mod dev;
+mod duration;
+mod fabric;
+mod infer;
+mod logging;
+mod mqtt;
+mod output;
+mod payload;
+mod policy;
+mod publish;
+mod serve;
+mod signals;
+mod subscribe;
+mod tensor;
+mod worker;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+/// How long tasks that are left over may take to end after a command is done.
+const LEFT_OVER: Duration = Duration::from_secs(1);
+
+/// A secure messaging fabric from edge to cloud.
+#[derive(Debug, Parser)]
+#[command(name = "selvedge", version, propagate_version = true, after_help = EXAMPLE)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    logging: logging::Args,
+}
+
+const EXAMPLE: &str = "\
+Example, in two terminals:
+  selvedge dev
+  selvedge pub hello world
+
+Exit code: 0 success, 1 failure, 2 wrong usage. Every command has an example in its --help.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a whole local fabric for trying things.
+    Dev(dev::Args),
+    /// Run a broker.
+    Broker(broker::Args),
+    /// Carry messages between an MQTT broker and the fabric.
+    Bridge(bridge::Args),
+    /// Answer inference requests with ONNX models.
+    Worker(worker::Args),
+    /// Make an authority, issue certificates and explain them.
+    Certs(certs::Args),
+    /// Check a policy and ask it what it allows.
+    Policy(policy::Args),
+    /// Manage the users of the MQTT listener.
+    Mqtt(mqtt::Args),
+    /// Publish messages.
+    Pub(publish::Args),
+    /// Subscribe to topics and print their messages.
+    Sub(subscribe::Args),
+    /// Call a service and print its response.
+    Call(call::Args),
+    /// Answer the calls to a service.
+    Serve(serve::Args),
+    /// Ask a model for an inference.
+    Infer(infer::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::init(&cli.logging, cli.command.is_service());
+    let format = cli.command.format();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => output::failure(&error, format),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Certs(args) => return certs::run(args),
+        Command::Policy(args) => return policy::run(args),
+        Command::Mqtt(args) => return mqtt::run(args),
+        _ => {}
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Dev(args) => Box::pin(dev::run(args)).await,
+            Command::Broker(args) => Box::pin(broker::run(args)).await,
+            Command::Bridge(args) => Box::pin(bridge::run(args)).await,
+            Command::Worker(args) => Box::pin(worker::run(args)).await,
+            Command::Pub(args) => Box::pin(publish::run(args)).await,
+            Command::Sub(args) => Box::pin(subscribe::run(args)).await,
+            Command::Call(args) => Box::pin(call::run(args)).await,
+            Command::Serve(args) => Box::pin(serve::run(args)).await,
+            Command::Infer(args) => Box::pin(infer::run(args)).await,
+            Command::Certs(_) | Command::Policy(_) | Command::Mqtt(_) => {
+                unreachable!("done above, without a runtime")
+            }
+        }
+    });
+    runtime.shutdown_timeout(LEFT_OVER);
+    result
+}
+
+impl Command {
+    /// Whether it runs until it is told to stop, so that its log is what people look at.
+    fn is_service(&self) -> bool {
+        matches!(
+            self,
+            Self::Dev(_) | Self::Broker(_) | Self::Bridge(_) | Self::Worker(_)
+        )
+    }
+
+    /// How results, and failures with them, are written.
+    fn format(&self) -> output::Format {
+        let json = match self {
+            Self::Broker(args) => args.json,
+            Self::Certs(args) => args.json(),
+            Self::Policy(args) => args.json(),
+            Self::Pub(args) => args.json,
+            Self::Sub(args) => args.json,
+            Self::Call(args) => args.json,
+            Self::Serve(args) => args.json,
+            Self::Infer(args) => args.json,
+            Self::Dev(_) | Self::Bridge(_) | Self::Worker(_) | Self::Mqtt(_) => false,
+        };
+        output::Format::from_flag(json)
+    }
+}

@@ -1,0 +1,134 @@
+//! `selvedge broker`: run a broker until it is told to stop.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use selvedge_broker::server::{Addresses, Server};
+use selvedge_broker::{Config, ConfigErrors};
+use serde_json::json;
+use tracing::info;
+
+use crate::output::{self, Problems};
+use crate::signals::Signals;
+
+/// `selvedge broker`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  selvedge broker --config broker.toml --check
+  selvedge broker --config broker.toml
+
+Prints the addresses in use, such as quic=0.0.0.0:7443, and then `ready`. SIGTERM and SIGINT stop
+it gracefully: clients are told, and what is queued for them is sent. A second signal ends it at
+once.")]
+pub(crate) struct Args {
+    /// The configuration.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Check the configuration, name every problem, and start nothing.
+    #[arg(long)]
+    check: bool,
+    /// With --check: write one JSON object.
+    #[arg(long, requires = "check")]
+    pub(crate) json: bool,
+}
+
+/// Runs the command.
+pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = load(&args.config)?;
+    if args.check {
+        summary(&config, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut signals = Signals::listen()?;
+    let mut server = Box::pin(Server::bind(config))
+        .await
+        .context("start the broker")?;
+    announce(&server.addresses());
+    let _ = output::line("ready");
+
+    let failed = tokio::select! {
+        () = signals.next() => false,
+        () = server.join() => true,
+    };
+    info!("stopping; a second signal ends the broker at once");
+    signals.or_end_at_once(server.shutdown()).await;
+    if failed {
+        bail!("a listener ended by itself, so the broker stopped; its log says why");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads a broker's configuration; a failure names every problem.
+pub(crate) fn load(file: &Path) -> anyhow::Result<Config> {
+    Config::load(file).map_err(|ConfigErrors(problems)| {
+        Problems {
+            file: file.display().to_string(),
+            problems: problems
+                .into_iter()
+                .map(|problem| (problem.key, problem.problem))
+                .collect(),
+        }
+        .into()
+    })
+}
+
+/// Prints the addresses in use, a line each, for scripts. Nobody being there to read them is no
+/// reason to stop.
+pub(crate) fn announce(addresses: &Addresses) {
+    let known = [
+        ("quic", addresses.quic),
+        ("mqtt", addresses.mqtt),
+        ("mqtts", addresses.mqtts),
+        ("admin", addresses.admin),
+    ];
+    for (name, address) in known {
+        if let Some(address) = address {
+            let _ = output::line(format_args!("{name}={address}"));
+        }
+    }
+}
+
+fn summary(config: &Config, json: bool) -> std::io::Result<()> {
+    let plaintext = config.mqtt.danger_plaintext.as_ref();
+    if json {
+        return output::line(json!({
+            "ok": true,
+            "name": config.name,
+            "identity": config.credentials.identity().to_string(),
+            "quic": config.quic,
+            "mqtt": plaintext.map(|(address, _)| address),
+            "mqtts": config.mqtt.tls,
+            "admin": config.admin,
+        }));
+    }
+    output::line("ok")?;
+    output::line(format_args!(
+        "  broker     {} ({})",
+        config.name,
+        config.credentials.description()
+    ))?;
+    for authority in config.trust.subjects() {
+        output::line(format_args!("  trusts     {authority}"))?;
+    }
+    if let Some(address) = config.quic {
+        output::line(format_args!("  quic       {address}"))?;
+    }
+    if let Some(address) = config.mqtt.tls {
+        let passwords = match &config.mqtt.passwords {
+            Some(_) => "client certificate, or user name and password",
+            None => "client certificate",
+        };
+        output::line(format_args!("  mqtt, TLS  {address} ({passwords})"))?;
+    }
+    if let Some((address, identity)) = plaintext {
+        output::line(format_args!(
+            "  mqtt       {address} (in the clear: everyone is {identity})"
+        ))?;
+    }
+    if let Some(address) = config.admin {
+        output::line(format_args!("  admin      {address}"))?;
+    }
+    Ok(())
+}
