@@ -1,0 +1,576 @@
+//! One MQTT connection: greeting, then one loop over everything that can happen to it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf as _, BytesMut};
+use futures_util::FutureExt as _;
+use selvedge_proto::message::Qos;
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::topic::SubscribeTarget;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::fabric::Fabric;
+use crate::mqtt::connect::{self, Greeting, Proof, Refusal};
+use crate::mqtt::delivery::{Delivery, HIGH_WATER};
+use crate::mqtt::output::{ConnAck, Output};
+use crate::mqtt::packet::{
+    Connect, Disconnect, Packet, ProtocolError, Reader, Subscribe, Unsubscribe, Version,
+};
+use crate::mqtt::publishing::{Manners, Publishing, RECEIVE_MAXIMUM, TOPIC_ALIAS_MAXIMUM};
+use crate::mqtt::reason::Reason;
+use crate::policy::IdentityPolicy;
+use crate::publisher::Publisher;
+use crate::queue::Overflow;
+use crate::session::ConnectionEnd;
+use crate::tenant::{Attachment, SubscribeRequest, Tenant};
+
+/// Least and most bytes read at once. A connection starts with the least and goes up while its
+/// reads are full, so that idle ones stay small.
+const READ: (usize, usize) = (4 * 1024, 64 * 1024);
+
+/// Bytes waiting for the socket beyond which nothing is read. A client gets there only by asking
+/// without reading the answers; keep-alive then ends it.
+const STOP_READING: usize = 4 * HIGH_WATER;
+
+/// Time for the last packet to reach the peer before the connection closes.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Runs a connection to its end. CONNECT has to arrive before `deadline`.
+pub(crate) async fn run<S>(
+    fabric: &Arc<Fabric>,
+    listener: &'static str,
+    mut stream: S,
+    peer: SocketAddr,
+    proof: Proof,
+    deadline: Instant,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let mut reader = Reader::new(fabric.limits.max_frame_bytes);
+    let mut buffer = BytesMut::with_capacity(READ.0);
+    let greeting = timeout_at(deadline, async {
+        let mut connect = connect::read(&mut reader, &mut stream, &mut buffer).await?;
+        let greeting = connect::greet(fabric, &proof, &mut connect).await?;
+        Ok((connect, greeting))
+    });
+    let greeting = tokio::select! {
+        () = fabric.shutdown.cancelled() => Err(stopping().into()),
+        greeting = greeting => greeting.unwrap_or(Err(Refusal::Answer {
+            reason: Reason::UNSPECIFIED,
+            text: "CONNECT did not arrive in time".to_owned(),
+            label: "connect_timeout",
+        })),
+    };
+    let (connect, greeting) = match greeting {
+        Ok(greeting) => greeting,
+        Err(refusal) => {
+            refuse(
+                fabric,
+                listener,
+                &mut stream,
+                peer,
+                reader.version(),
+                refusal,
+            )
+            .await;
+            return;
+        }
+    };
+    let tenant = fabric.tenant(&greeting.identity);
+    let attached = Attached {
+        attachment: tenant.attach(fabric, &greeting.attach),
+        tenant: Arc::clone(&tenant),
+        fabric: Arc::clone(fabric),
+        end: ConnectionEnd::Lost,
+    };
+    let session = &attached.attachment.session;
+    tracing::debug!(
+        listener, %peer, identity = %greeting.identity, client = %session.key.name,
+        present = attached.attachment.present, "connected"
+    );
+    let mut output = Output::default();
+    output.connack(
+        connect.version,
+        &ConnAck {
+            session_present: attached.attachment.present,
+            session_expiry: greeting.expiry_reduced.then_some(greeting.attach.expiry),
+            assigned_client_id: greeting
+                .assigned_client_id
+                .then_some(&*greeting.attach.key.name),
+            maximum_packet_size: fabric.limits.max_frame_bytes,
+            receive_maximum: RECEIVE_MAXIMUM,
+            topic_alias_maximum: TOPIC_ALIAS_MAXIMUM,
+        },
+    );
+    let actor = Actor::new(fabric, tenant, attached, listener, &connect, greeting);
+    actor.run(stream, reader, buffer, output, peer).await;
+}
+
+/// Tells a client why it is not let in, as far as its version can.
+async fn refuse<S: AsyncWrite + Unpin>(
+    fabric: &Fabric,
+    listener: &'static str,
+    stream: &mut S,
+    peer: SocketAddr,
+    version: Option<Version>,
+    refusal: Refusal,
+) {
+    let (reason, text) = match refusal {
+        Refusal::Closed => {
+            fabric.metrics.refuse(listener, "closed_before_connect");
+            return;
+        }
+        Refusal::Answer {
+            reason,
+            text,
+            label,
+        } => {
+            fabric.metrics.refuse(listener, label);
+            (reason, text)
+        }
+        Refusal::Protocol(error) => {
+            fabric.metrics.protocol_error(listener, error.what);
+            (error.reason, error.to_string())
+        }
+    };
+    tracing::debug!(listener, %peer, reason = reason.0, text, "refused");
+    let version = match version {
+        Some(version) => version,
+        None if reason == Reason::UNSUPPORTED_VERSION => Version::V5,
+        // It does not speak MQTT, so there is nothing it would understand.
+        None => return,
+    };
+    let mut output = Output::default();
+    output.connack_refusal(version, reason, &text);
+    farewell(stream, &mut output).await;
+}
+
+/// Writes what is left and closes, within [`FAREWELL`].
+async fn farewell<W: AsyncWrite + Unpin>(writer: &mut W, output: &mut Output) {
+    let _ = timeout(FAREWELL, async {
+        writer.write_all_buf(output).await?;
+        writer.shutdown().await
+    })
+    .await;
+}
+
+/// Takes the connection off its session, however its task ends.
+struct Attached {
+    attachment: Attachment,
+    tenant: Arc<Tenant>,
+    fabric: Arc<Fabric>,
+    end: ConnectionEnd,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.tenant.detach(&self.fabric, &self.attachment, self.end);
+    }
+}
+
+/// The state of a connection after its greeting.
+struct Actor {
+    fabric: Arc<Fabric>,
+    tenant: Arc<Tenant>,
+    listener: &'static str,
+    version: Version,
+    manners: Manners,
+    policy: IdentityPolicy,
+    /// As asked for in CONNECT; a session without expiry cannot be given one later.
+    session_expiry: Duration,
+    /// Longest silence of the client, if there is one.
+    patience: Option<Duration>,
+    publishing: Publishing,
+    delivery: Delivery,
+    attached: Attached,
+}
+
+/// Why a connection ends.
+enum End {
+    /// The client said so.
+    Disconnected(Disconnect),
+    /// The transport ended or failed.
+    Closed,
+    /// The client broke the protocol.
+    Protocol(ProtocolError),
+    /// The broker wants it.
+    Kicked(Status),
+    /// The client was silent for too long.
+    Silent,
+}
+
+impl Actor {
+    fn new(
+        fabric: &Arc<Fabric>,
+        tenant: Arc<Tenant>,
+        attached: Attached,
+        listener: &'static str,
+        connect: &Connect,
+        greeting: Greeting,
+    ) -> Self {
+        let session = &attached.attachment.session;
+        let publisher = Publisher::new(fabric, Arc::clone(&tenant), session);
+        Self {
+            listener,
+            version: connect.version,
+            manners: Manners {
+                limit: connect.maximum_packet_size,
+                reasons: connect.wants_reasons,
+            },
+            policy: greeting.policy,
+            session_expiry: connect.session_expiry,
+            patience: connect::patience(connect.keep_alive),
+            publishing: Publishing::new(connect.version, publisher),
+            delivery: Delivery::new(
+                connect.version,
+                Arc::clone(session),
+                connect.receive_maximum,
+                connect.maximum_packet_size,
+            ),
+            fabric: Arc::clone(fabric),
+            tenant,
+            attached,
+        }
+    }
+
+    async fn run<S>(
+        mut self,
+        stream: S,
+        mut reader: Reader,
+        mut buffer: BytesMut,
+        mut output: Output,
+        peer: SocketAddr,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        let (mut read_half, mut write_half) = tokio::io::split(stream);
+        let end = self
+            .serve(
+                &mut read_half,
+                &mut write_half,
+                &mut reader,
+                &mut buffer,
+                &mut output,
+            )
+            .await;
+        let limit = self.manners.limit;
+        match &end {
+            End::Disconnected(disconnect) if !disconnect.with_will => {
+                self.attached.end = ConnectionEnd::Clean {
+                    expiry: disconnect
+                        .session_expiry
+                        .map(|expiry| expiry.min(self.fabric.limits.session_expiry)),
+                };
+            }
+            End::Disconnected(_) | End::Closed => {}
+            End::Protocol(error) => {
+                self.fabric
+                    .metrics
+                    .protocol_error(self.listener, error.what);
+                output.disconnect(self.version, error.reason, &error.to_string(), limit);
+            }
+            End::Kicked(status) => {
+                let reason = Reason::of_kick(status);
+                output.disconnect(self.version, reason, &status.message, limit);
+            }
+            End::Silent => {
+                self.fabric
+                    .metrics
+                    .protocol_error(self.listener, "keep_alive");
+                let text = "nothing arrived for one and a half times the keep-alive";
+                output.disconnect(self.version, Reason::KEEP_ALIVE_TIMEOUT, text, limit);
+            }
+        }
+        tracing::debug!(
+            listener = self.listener, %peer, client = %self.attached.attachment.session.key.name,
+            end = end.as_str(), "disconnected"
+        );
+        // The will and the session's next connection do not wait for a peer that may be gone.
+        drop(self);
+        farewell(&mut write_half, &mut output).await;
+    }
+
+    async fn serve<R, W>(
+        &mut self,
+        read_half: &mut R,
+        write_half: &mut W,
+        reader: &mut Reader,
+        buffer: &mut BytesMut,
+        output: &mut Output,
+    ) -> End
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let session = Arc::clone(&self.attached.attachment.session);
+        let kick = self.attached.attachment.kick.clone();
+        let shutdown = self.fabric.shutdown.clone();
+        let ended = async {
+            tokio::select! {
+                status = kick.kicked() => status,
+                () = shutdown.cancelled() => stopping(),
+            }
+        };
+        tokio::pin!(ended);
+        let mut last_seen = Instant::now();
+        let silence = tokio::time::sleep(self.patience.unwrap_or_default());
+        tokio::pin!(silence);
+        let mut chunk = READ.0;
+        // TLS may hold back what it has taken until it is flushed.
+        let mut unflushed = false;
+
+        // CONNECT may have come with more behind it.
+        if let Err(end) = self.process(reader, buffer, output) {
+            return end;
+        }
+        loop {
+            // A connection that was taken over must not touch the queues, which are another's now.
+            if session.epoch() == self.attached.attachment.epoch {
+                self.delivery.fill(output, &self.fabric.metrics);
+            }
+            while output.has_remaining() || unflushed {
+                match write_some(write_half, output, &mut unflushed).now_or_never() {
+                    Some(Ok(())) => {}
+                    Some(Err(_)) => return End::Closed,
+                    None => break,
+                }
+            }
+            if buffer.capacity() - buffer.len() < READ.0 / 4 {
+                buffer.reserve(chunk);
+            }
+            let room = buffer.capacity() - buffer.len();
+            let writable = output.has_remaining() || unflushed;
+            let may_fill = self.delivery.has_more() && output.remaining() < HIGH_WATER;
+
+            // In order: the end, since nothing matters after it. Reading before writing, since
+            // acknowledgements are what lets a full window move; writing is not starved by it, as
+            // each turn writes above what the socket takes. Then more from the queues, after a
+            // turn of the other tasks, and last what only wakes an idle connection.
+            tokio::select! {
+                biased;
+                status = &mut ended => return End::Kicked(status),
+                read = read_half.read_buf(buffer), if output.remaining() < STOP_READING => {
+                    let count = match read {
+                        Ok(0) | Err(_) => return End::Closed,
+                        Ok(count) => count,
+                    };
+                    last_seen = Instant::now();
+                    if count == room {
+                        chunk = (chunk * 2).min(READ.1);
+                    } else if count < chunk / 4 {
+                        chunk = (chunk / 2).max(READ.0);
+                    }
+                    if let Err(end) = self.process(reader, buffer, output) {
+                        return end;
+                    }
+                }
+                written = write_some(write_half, output, &mut unflushed), if writable => {
+                    if written.is_err() {
+                        return End::Closed;
+                    }
+                }
+                () = tokio::task::yield_now(), if may_fill => {}
+                () = session.outbox.ready() => {}
+                () = &mut silence, if self.patience.is_some() => {
+                    let patience = self.patience.unwrap_or_default();
+                    if last_seen.elapsed() >= patience {
+                        return End::Silent;
+                    }
+                    silence.as_mut().reset(last_seen + patience);
+                }
+            }
+        }
+    }
+
+    /// Handles every packet that is complete. Whatever stops it, what was published before is
+    /// handed on.
+    fn process(
+        &mut self,
+        reader: &mut Reader,
+        buffer: &mut BytesMut,
+        output: &mut Output,
+    ) -> Result<(), End> {
+        let mut result = Ok(());
+        while result.is_ok() {
+            result = match reader.next(buffer) {
+                Ok(Some(packet)) => self.handle(packet, output),
+                Ok(None) => break,
+                Err(error) => Err(End::Protocol(error)),
+            };
+        }
+        self.publishing.flush();
+        if self.attached.attachment.session.epoch() == self.attached.attachment.epoch {
+            self.delivery.settle();
+        }
+        result
+    }
+
+    fn handle(&mut self, packet: Packet, output: &mut Output) -> Result<(), End> {
+        match packet {
+            Packet::Publish(publish) => self
+                .publishing
+                .publish(*publish, self.manners, output, &self.fabric.metrics)
+                .map_err(End::Protocol)?,
+            Packet::PubAck(id) => self.delivery.acknowledge(id),
+            Packet::PubRel(id) => self.publishing.release(id, self.manners, output),
+            Packet::Subscribe(subscribe) => {
+                self.subscribe(subscribe, output).map_err(End::Protocol)?;
+            }
+            Packet::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe, output),
+            Packet::Ping => output.pong(),
+            Packet::Disconnect(disconnect) => {
+                let raises = disconnect
+                    .session_expiry
+                    .is_some_and(|expiry| !expiry.is_zero());
+                // MQTT 5.0 section 3.14.2.2.2.
+                if raises && self.session_expiry.is_zero() {
+                    return Err(End::Protocol(ProtocolError::new(
+                        Reason::PROTOCOL_ERROR,
+                        "a session expiry in DISCONNECT after none in CONNECT",
+                    )));
+                }
+                return Err(End::Disconnected(disconnect));
+            }
+            Packet::Connect(_) => {
+                return Err(End::Protocol(ProtocolError::new(
+                    Reason::PROTOCOL_ERROR,
+                    "a second CONNECT",
+                )));
+            }
+            Packet::Auth => {
+                return Err(End::Protocol(ProtocolError::new(
+                    Reason::PROTOCOL_ERROR,
+                    "AUTH without an authentication method",
+                )));
+            }
+            Packet::Qos2Answer => {
+                return Err(End::Protocol(ProtocolError::new(
+                    Reason::PROTOCOL_ERROR,
+                    "an answer to a QoS 2 message that was not sent",
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn subscribe(
+        &mut self,
+        subscribe: Subscribe,
+        output: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let session = Arc::clone(&self.attached.attachment.session);
+        let mut reasons = Vec::with_capacity(subscribe.filters.len());
+        let mut text = None;
+        for wanted in subscribe.filters {
+            let target = match SubscribeTarget::parse(&wanted.filter) {
+                Ok(target) => target,
+                Err(error) => {
+                    text.get_or_insert(error.to_string());
+                    reasons.push(Reason::TOPIC_FILTER_INVALID);
+                    continue;
+                }
+            };
+            if target.share.is_some() && wanted.no_local {
+                // MQTT 5.0 section 3.8.3.1.
+                return Err(ProtocolError::new(
+                    Reason::PROTOCOL_ERROR,
+                    "a shared subscription with no local",
+                ));
+            }
+            let max_qos = wanted.max_qos.min(Qos::AtLeastOnce);
+            let request = SubscribeRequest {
+                id: session
+                    .find(&target)
+                    .map_or_else(|| session.free_id(), |subscriber| subscriber.id),
+                target,
+                max_qos,
+                no_local: wanted.no_local,
+                retain_as_published: wanted.retain_as_published,
+                identifier: subscribe.identifier,
+                own_lane: false,
+                overflow: Overflow::Default,
+                retain: wanted.retain,
+            };
+            match self.tenant.subscribe(&session, &self.policy, request) {
+                Ok(()) => reasons.push(Reason(max_qos as u8)),
+                Err(status) => {
+                    reasons.push(Reason::of_refusal(&status));
+                    text.get_or_insert(status.message);
+                }
+            }
+        }
+        self.delivery.subscriptions_changed();
+        output.suback(
+            self.version,
+            subscribe.packet_id,
+            &reasons,
+            text.as_deref().filter(|_| self.manners.reasons),
+            self.manners.limit,
+        );
+        Ok(())
+    }
+
+    fn unsubscribe(&mut self, unsubscribe: &Unsubscribe, output: &mut Output) {
+        let session = &self.attached.attachment.session;
+        let reasons: Vec<Reason> = unsubscribe
+            .filters
+            .iter()
+            .map(|filter| match SubscribeTarget::parse(filter) {
+                Err(_) => Reason::TOPIC_FILTER_INVALID,
+                Ok(target) => match session.find(&target) {
+                    Some(held) if self.tenant.unsubscribe(session, held.id) => Reason::SUCCESS,
+                    _ => Reason::NO_SUBSCRIPTION_EXISTED,
+                },
+            })
+            .collect();
+        self.delivery.subscriptions_changed();
+        output.unsuback(self.version, unsubscribe.packet_id, &reasons);
+    }
+}
+
+impl End {
+    fn as_str(&self) -> &'static str {
+        match self {
+            Self::Disconnected(_) => "DISCONNECT",
+            Self::Closed => "connection closed",
+            Self::Protocol(error) => error.what,
+            Self::Kicked(_) => "ended by the broker",
+            Self::Silent => "keep-alive",
+        }
+    }
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        Self::Answer {
+            reason: Reason::of_kick(&status),
+            text: status.message,
+            label: "stopping",
+        }
+    }
+}
+
+fn stopping() -> Status {
+    Status::new(Code::Unavailable, "the broker is stopping")
+}
+
+/// Writes what the transport takes at once, then flushes. Dropping the future loses nothing.
+async fn write_some<W: AsyncWrite + Unpin>(
+    writer: &mut W,
+    output: &mut Output,
+    unflushed: &mut bool,
+) -> std::io::Result<()> {
+    if output.has_remaining() {
+        if writer.write_buf(output).await? == 0 {
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        *unflushed = true;
+    } else {
+        writer.flush().await?;
+        *unflushed = false;
+    }
+    Ok(())
+}

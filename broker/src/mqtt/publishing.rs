@@ -1,0 +1,239 @@
+//! The publishing side of one MQTT connection: its open topics, and QoS 2 on the way in.
+
+use std::collections::{HashMap, HashSet};
+
+use selvedge_proto::message::{Class, Properties, Qos};
+use selvedge_proto::status::{Code, Status};
+use selvedge_proto::topic::TopicName;
+
+use crate::metrics::Metrics;
+use crate::mqtt::output::{Answer, Output};
+use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Version};
+use crate::mqtt::properties;
+use crate::mqtt::reason::Reason;
+use crate::publisher::{Incoming, Payload, Publisher, Topic};
+
+/// Topics kept open. Beyond it all are closed, and those still in use open again: a client that
+/// goes through more topics than this pays for each once in a while.
+const MAX_TOPICS: usize = 1024;
+
+/// QoS 2 messages that the client may have sent and not released, as CONNACK tells it. QoS 1
+/// messages do not count here, as they are acknowledged before the next read.
+pub(crate) const RECEIVE_MAXIMUM: u16 = 1024;
+
+/// Topic aliases that the client may set, as CONNACK tells it.
+pub(crate) const TOPIC_ALIAS_MAXIMUM: u16 = 64;
+
+/// What a client publishes.
+#[derive(Debug)]
+pub(crate) struct Publishing {
+    version: Version,
+    publisher: Publisher,
+    /// Positions in `topics`, by class and name.
+    index: [HashMap<TopicName, usize>; 3],
+    topics: Vec<Topic>,
+    /// Positions of topics that may hold messages to flush; some more than once.
+    dirty: Vec<usize>,
+    aliases: HashMap<u16, TopicName>,
+    /// QoS 2 packet ids between PUBLISH and PUBREL: their message has been taken.
+    unreleased: HashSet<u16>,
+}
+
+/// How refusals are worded to this client.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Manners {
+    /// Largest packet it takes.
+    pub(crate) limit: usize,
+    /// Whether it wants reason strings.
+    pub(crate) reasons: bool,
+}
+
+impl Publishing {
+    pub(crate) fn new(version: Version, publisher: Publisher) -> Self {
+        Self {
+            version,
+            publisher,
+            index: Default::default(),
+            topics: Vec::new(),
+            dirty: Vec::new(),
+            aliases: HashMap::new(),
+            unreleased: HashSet::new(),
+        }
+    }
+
+    /// Takes one message and answers it. The answer must not be written before [`Self::flush`].
+    pub(crate) fn publish(
+        &mut self,
+        mut publish: Publish,
+        manners: Manners,
+        output: &mut Output,
+        metrics: &Metrics,
+    ) -> Result<(), ProtocolError> {
+        let qos = packet::qos(publish.qos);
+        let id = publish.packet_id.map_or(0, std::num::NonZero::get);
+        if qos == Qos::ExactlyOnce {
+            if self.unreleased.contains(&id) {
+                output.pubrec(id);
+                return Ok(());
+            }
+            if self.unreleased.len() >= RECEIVE_MAXIMUM.into() {
+                return Err(ProtocolError::new(
+                    Reason::RECEIVE_MAXIMUM_EXCEEDED,
+                    "more QoS 2 messages than the receive maximum",
+                ));
+            }
+        }
+        let properties = publish.properties.take().unwrap_or_default();
+        let position = self.topic(&publish.topic, &properties)?;
+        let (position, header) = match position {
+            Found::Plain(position) => (position, None),
+            Found::With(position, properties) => (position, properties.encode()),
+        };
+        let result = self.publisher.publish(
+            &mut self.topics[position],
+            &Incoming {
+                qos,
+                retain: publish.retain,
+                header: header.as_deref(),
+                payload: Payload::Shared(publish.payload),
+            },
+        );
+        if self.dirty.last() != Some(&position) {
+            self.dirty.push(position);
+        }
+        if let Err(status) = &result
+            && status.code != Code::PermissionDenied
+        {
+            // A denial has been counted where it was decided.
+            metrics.drop_messages("refused", 1);
+        }
+        self.answer(qos, id, result, manners, output);
+        Ok(())
+    }
+
+    /// PUBREL: the packet id is free again.
+    pub(crate) fn release(&mut self, id: u16, manners: Manners, output: &mut Output) {
+        if self.unreleased.remove(&id) || self.version == Version::V3 {
+            output.pubcomp(id);
+        } else {
+            let reason = Reason::PACKET_ID_NOT_FOUND;
+            output.refusal(Answer::Release, id, reason, None, manners.limit);
+        }
+    }
+
+    /// Hands everything taken to the receivers.
+    pub(crate) fn flush(&mut self) {
+        for position in self.dirty.drain(..) {
+            self.publisher.flush(&mut self.topics[position]);
+        }
+    }
+
+    fn answer(
+        &mut self,
+        qos: Qos,
+        id: u16,
+        result: Result<(), Status>,
+        manners: Manners,
+        output: &mut Output,
+    ) {
+        match (qos, result) {
+            (Qos::AtMostOnce, _) => {}
+            (_, Err(status)) if self.version == Version::V5 => {
+                let kind = if qos == Qos::AtLeastOnce {
+                    Answer::Publish
+                } else {
+                    Answer::PublishQos2
+                };
+                let text = manners.reasons.then_some(&*status.message);
+                output.refusal(kind, id, Reason::of_refusal(&status), text, manners.limit);
+            }
+            // 3.1.1 section 3.3.5 knows no other answer than the one for success.
+            (Qos::AtLeastOnce, result) => {
+                output.puback(id);
+                if result.is_ok() {
+                    self.publisher.count_acknowledged(1);
+                }
+            }
+            (Qos::ExactlyOnce, result) => {
+                self.unreleased.insert(id);
+                output.pubrec(id);
+                if result.is_ok() {
+                    self.publisher.count_acknowledged(1);
+                }
+            }
+        }
+    }
+
+    /// The open topic that a message is for.
+    fn topic(
+        &mut self,
+        name: &str,
+        properties: &PublishProperties,
+    ) -> Result<Found, ProtocolError> {
+        if *properties == PublishProperties::default() {
+            if let Some(&position) = self.index[Class::Normal.index()].get(name) {
+                return Ok(Found::Plain(position));
+            }
+            let name = parse(name)?;
+            return Ok(Found::Plain(self.open(name, Class::Normal)));
+        }
+        if !properties.subscription_ids.is_empty() {
+            return Err(ProtocolError::new(
+                Reason::PROTOCOL_ERROR,
+                "a subscription identifier in a PUBLISH",
+            ));
+        }
+        let name = match properties.topic_alias.map(std::num::NonZero::get) {
+            None => parse(name)?,
+            Some(alias) => self.resolve(name, alias)?,
+        };
+        let (properties, class) = properties::from_publish(properties.clone())?;
+        let position = match self.index[class.index()].get(&name) {
+            Some(&position) => position,
+            None => self.open(name, class),
+        };
+        Ok(Found::With(position, Box::new(properties)))
+    }
+
+    fn resolve(&mut self, name: &str, alias: u16) -> Result<TopicName, ProtocolError> {
+        if alias > TOPIC_ALIAS_MAXIMUM {
+            return Err(ProtocolError::new(
+                Reason::TOPIC_ALIAS_INVALID,
+                "a topic alias beyond the maximum",
+            ));
+        }
+        if name.is_empty() {
+            return self.aliases.get(&alias).cloned().ok_or(ProtocolError::new(
+                Reason::PROTOCOL_ERROR,
+                "a topic alias that was never set",
+            ));
+        }
+        let name = parse(name)?;
+        self.aliases.insert(alias, name.clone());
+        Ok(name)
+    }
+
+    fn open(&mut self, name: TopicName, class: Class) -> usize {
+        if self.topics.len() >= MAX_TOPICS {
+            self.flush();
+            self.topics.clear();
+            self.index = Default::default();
+        }
+        let position = self.topics.len();
+        self.topics.push(self.publisher.open(name.clone(), class));
+        self.index[class.index()].insert(name, position);
+        position
+    }
+}
+
+/// Where a message goes.
+enum Found {
+    /// It has no properties.
+    Plain(usize),
+    With(usize, Box<Properties>),
+}
+
+fn parse(name: &str) -> Result<TopicName, ProtocolError> {
+    TopicName::parse(name)
+        .map_err(|_| ProtocolError::new(Reason::TOPIC_NAME_INVALID, "an invalid topic name"))
+}
