@@ -290,13 +290,19 @@ impl Control {
         let state = &mut *guard;
         state.connected = true;
         let unwanted = std::mem::take(&mut state.unwanted);
+        if !session_present {
+            for subscribed in state.subscriptions.values_mut() {
+                subscribed.confirmed = false;
+                subscribed.sent = false;
+            }
+        }
         if session_present && !unwanted.is_empty() {
             state.send_unsubscribe(unwanted.into_iter().collect(), None);
         }
         let ids: Vec<u32> = state
             .subscriptions
             .iter()
-            .filter(|(_, subscribed)| !(session_present && subscribed.confirmed))
+            .filter(|(_, subscribed)| !subscribed.confirmed)
             .map(|(&id, _)| id)
             .collect();
         for id in ids {

@@ -307,8 +307,9 @@ impl LaneReader {
                 let room = route.room();
                 let offered = route.offer(batch);
                 count(&counters.delivered, offered.delivered);
-                if offered.dropped > 0 {
+                if offered.dropped + offered.unwanted > 0 {
                     count(&counters.dropped_slow, offered.dropped);
+                    count(&counters.unmatched, offered.unwanted);
                 }
                 crowded |= offered.crowded;
                 if !batch.is_empty() {

@@ -172,8 +172,8 @@ pub(crate) async fn start(options: Options) -> Result<Arc<Shared>, ConnectError>
 /// just be starting, more later, since the path may be slow.
 fn attempt_time(attempt: u32) -> Duration {
     match attempt {
-        0 | 1 => Duration::from_secs(2),
-        2 => Duration::from_secs(4),
+        0 | 1 => Duration::from_secs(3),
+        2 => Duration::from_secs(6),
         _ => Duration::from_secs(10),
     }
 }

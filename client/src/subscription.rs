@@ -174,7 +174,8 @@ impl Message {
     }
 }
 
-/// A stream of messages. Dropping it unsubscribes.
+/// A stream of messages. Dropping it unsubscribes; to leave the subscription in a session that the
+/// broker keeps, [close](Client::close) the client first.
 #[derive(Debug)]
 pub struct Subscription {
     /// Messages taken from the route and not yet by the application.
@@ -293,6 +294,8 @@ struct Queue {
 pub(crate) struct Offered {
     pub(crate) delivered: u64,
     pub(crate) dropped: u64,
+    /// Messages that came after the subscription had ended.
+    pub(crate) unwanted: u64,
     /// The queue is more than half full: the reader should get a chance to run.
     pub(crate) crowded: bool,
 }
@@ -335,7 +338,7 @@ impl Route {
             let mut queue = lock(&self.queue);
             if queue.ended.is_some() {
                 drop(queue);
-                offered.dropped = batch.len() as u64;
+                offered.unwanted = batch.len() as u64;
                 discard(batch);
                 return offered;
             }
