@@ -120,6 +120,31 @@ pub async fn listen(fabric: Arc<Fabric>, listener: TcpListener, mode: Mode) {
     }
 }
 
+/// Reads `stream` as it arrives in pieces: the packets it held, and what was wrong where reading ended.
+///
+/// For the fuzz target of the packet reader, which is private.
+#[doc(hidden)]
+pub fn read_packets(
+    stream: &[u8],
+    piece: usize,
+    max_packet: usize,
+) -> (usize, Option<&'static str>) {
+    let mut reader = packet::Reader::new(max_packet);
+    let mut buffer = bytes::BytesMut::new();
+    let mut packets = 0;
+    for piece in stream.chunks(piece.max(1)) {
+        buffer.extend_from_slice(piece);
+        loop {
+            match reader.next(&mut buffer) {
+                Ok(Some(_)) => packets += 1,
+                Ok(None) => break,
+                Err(error) => return (packets, Some(error.what)),
+            }
+        }
+    }
+    (packets, None)
+}
+
 async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: SocketAddr) {
     let listener = mode.label();
     let _connected = fabric.metrics.connected(listener);

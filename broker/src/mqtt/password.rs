@@ -345,11 +345,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("users.toml");
         let good = hash_password("x").unwrap();
+        let old = good.replace("argon2id", "argon2i");
         let text = format!(
             "[[user]]\nname = \"\"\nhash = \"plain secret\"\nidentity = \"nobody\"\n\
              [[user]]\nname = \"a\"\nhash = \"{good}\"\nidentity = \"{IDENTITY}\"\n\
              [[user]]\nname = \"a\"\nhash = \"{good}\"\nidentity = \"{IDENTITY}\"\n\
-             [[user]]\nname = \"b\"\nhash = \"$argon2i$v=19$m=16,t=2,p=1$c2FsdHNhbHQ$aGFzaGhhc2g\"\n\
+             [[user]]\nname = \"b\"\nhash = \"{old}\"\n\
              identity = \"{IDENTITY}\"\n"
         );
         std::fs::write(&path, text).unwrap();
