@@ -17,6 +17,11 @@ use crate::framed::{FramedError, FramedReader};
 /// Deadline of a call or an inference when none is given.
 pub(crate) const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How often an idempotent call is repeated because its responder was lost.
+const REPEATS: u32 = 2;
+/// Longest pause before that; the pause itself is random.
+const REPEAT_PAUSE: Duration = Duration::from_millis(100);
+
 /// A call to make.
 #[derive(Debug, Clone)]
 pub struct Call {
@@ -48,7 +53,8 @@ impl Call {
         self
     }
 
-    /// The call may be made again when a responder or the connection is lost. Default: false.
+    /// The call may be made again when its responder or the connection is lost, which
+    /// [`Client::request`] then does by itself. Default: false.
     #[must_use]
     pub fn idempotent(mut self, idempotent: bool) -> Self {
         self.idempotent = idempotent;
@@ -391,15 +397,30 @@ impl CallStream {
     /// Makes a call with one message each way.
     pub(crate) async fn unary(client: &Client, call: &Call) -> Result<Bytes, CallError> {
         let until = deadline_in(call.deadline);
+        let mut repeats = 0;
         loop {
             let mut stream = Self::call_until(client, call, until).await?;
             if call.payload.is_none() {
                 stream.finish_requests()?;
             }
             let result = stream.receiver.only().await;
-            let again = call.idempotent && stream.receiver.connection_lost();
             match result {
-                Err(CallError::Status(status)) if again && status.code == Code::Unavailable => {}
+                Err(CallError::Status(status))
+                    if call.idempotent && status.code == Code::Unavailable =>
+                {
+                    // After a lost connection the next one decides when to go on.
+                    if stream.receiver.connection_lost() {
+                        continue;
+                    }
+                    let pause = status
+                        .retry_after
+                        .unwrap_or_else(|| REPEAT_PAUSE.mul_f64(rand::random()));
+                    if repeats == REPEATS || Instant::now() + pause >= until {
+                        return Err(CallError::Status(status));
+                    }
+                    repeats += 1;
+                    tokio::time::sleep(pause).await;
+                }
                 result => return result,
             }
         }

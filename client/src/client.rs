@@ -268,8 +268,8 @@ impl Client {
         self.request(Call::new(service).payload(request)).await
     }
 
-    /// Makes a call with one message each way; one that is idempotent is made again when the
-    /// connection is lost, as long as the deadline allows.
+    /// Makes a call with one message each way; one that is idempotent is made again when its
+    /// responder or the connection is lost, as long as the deadline allows.
     ///
     /// # Errors
     /// As [`CallError`].

@@ -26,6 +26,7 @@ use crate::state::State;
 use crate::stats::count;
 use crate::sync::lock;
 
+pub(crate) use connect::MAX_INCOMING_CALLS;
 use connect::{Connector, Established, Failed};
 
 mod connect;
@@ -35,6 +36,8 @@ mod connect;
 const INHERITANCE: Duration = Duration::from_secs(30);
 /// How long a client that ends waits for the broker to take what is queued.
 const FLUSH_TIME: Duration = Duration::from_secs(3);
+/// Why a client ends when its session lives on elsewhere.
+const TAKEN_OVER: &str = "the session was taken over by another connection";
 /// How long a client that ends waits for the broker's goodbye.
 const GOODBYE_TIME: Duration = Duration::from_secs(1);
 
@@ -165,6 +168,11 @@ pub(crate) async fn start(options: Options) -> Result<Arc<Shared>, ConnectError>
         backoff,
     };
     tokio::spawn(driver.run(established));
+    // The application is to find the client connected.
+    let mut state = shared.state.subscribe();
+    let begun = |state: &State| !matches!(state, State::Connecting { .. });
+    // The sender lives as long as `shared`.
+    let _ = state.wait_for(begun).await;
     Ok(shared)
 }
 
@@ -213,14 +221,14 @@ impl Driver {
                 End::Goodbye(goodbye) => {
                     let failed = Failed::goodbye(goodbye);
                     if failed.is_takeover() {
-                        break "another connection has taken the session over".into();
+                        break TAKEN_OVER.into();
                     }
                     failed
                 }
             };
             let Some(again) = self.reconnect(&mut failed).await else {
                 break match failed.is_takeover() {
-                    true => "another connection has taken the session over".into(),
+                    true => TAKEN_OVER.into(),
                     false => "closed by the application".into(),
                 };
             };

@@ -45,9 +45,9 @@ impl From<Refusal> for ServeError {
     }
 }
 
-/// Calls that wait to be taken when the broker chooses how many are in flight. Beyond it a call
-/// is answered with RESOURCE_EXHAUSTED.
-const DEFAULT_WAITING: usize = 64;
+/// Calls that wait to be taken when the broker chooses how many are in flight: as many as it may
+/// have open to this client. Beyond it a call is answered with RESOURCE_EXHAUSTED.
+const DEFAULT_WAITING: usize = crate::driver::MAX_INCOMING_CALLS as usize;
 /// More waiting calls than this are not kept, whatever the application asks for.
 const MOST_WAITING: usize = 65_536;
 

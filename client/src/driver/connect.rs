@@ -20,7 +20,7 @@ use crate::framed::{FramedError, FramedReader};
 use crate::options::{Endpoint, Options, whole_seconds};
 
 /// Calls and inferences that the broker may have open to this client at once.
-const MAX_INCOMING_CALLS: u32 = 1024;
+pub(crate) const MAX_INCOMING_CALLS: u32 = 1024;
 /// Delivery lanes that the broker may have open at once: one for each subscription that owns its
 /// lane, and the shared ones.
 const MAX_DELIVERY_LANES: u32 = 1024;
