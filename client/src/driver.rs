@@ -37,7 +37,7 @@ const INHERITANCE: Duration = Duration::from_secs(30);
 /// How long a client that ends waits for the broker to take what is queued.
 const FLUSH_TIME: Duration = Duration::from_secs(3);
 /// Why a client ends when its session lives on elsewhere.
-const TAKEN_OVER: &str = "the session was taken over by another connection";
+const TAKEN_OVER: &str = "another connection has taken the session over";
 /// How long a client that ends waits for the broker's goodbye.
 const GOODBYE_TIME: Duration = Duration::from_secs(1);
 
