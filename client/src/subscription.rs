@@ -201,7 +201,7 @@ impl Subscription {
 
     /// Why the subscription ended, if the broker refused to restore it after a reconnect.
     pub fn end(&self) -> Option<Status> {
-        lock(&self.route.queue).ended.clone().flatten()
+        self.route.ended().flatten()
     }
 
     /// Unsubscribes and waits until the broker has done it. Messages not taken are dropped.
@@ -389,6 +389,11 @@ impl Route {
         if let Some(reader) = reader {
             reader.wake();
         }
+    }
+
+    /// Whether it has ended, and the status if the broker refused it.
+    pub(crate) fn ended(&self) -> Option<Option<Status>> {
+        lock(&self.queue).ended.clone()
     }
 
     /// Drops what waits, as taken.
