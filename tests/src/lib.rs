@@ -1,6 +1,7 @@
 //! The harness of Selvedge's integration tests: an authority, a broker, a bad network, a simulated
 //! network, and clients of other makes, each made anew by every test.
 
+pub mod broker;
 pub mod link;
 pub mod log;
 pub mod mqtt;
@@ -9,6 +10,7 @@ pub mod raw;
 pub mod sim;
 pub mod wait;
 
+pub use broker::TestBroker;
 pub use link::{LinkCounts, UdpLink, Weather};
 pub use mqtt::{MqttAnswer, MqttEvent, MqttMessage, MqttOptions, MqttPeer, MqttVersion};
 pub use pki::{IdentityFiles, RawCertificate, TestPki};

@@ -246,11 +246,11 @@ impl Relay {
                 },
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     if let Some(Reverse(parcel)) = self.held.pop() {
-                        self.send(parcel.client, parcel.heading, &parcel.datagram);
+                        self.send(parcel.client, parcel.heading, &parcel.datagram).await;
                     }
                 }
                 Some((client, datagram)) = returned.recv() => {
-                    self.accept(client, Heading::Down, datagram);
+                    self.accept(client, Heading::Down, datagram).await;
                 }
                 received = self.front.recv_from(&mut buffer) => {
                     // An error here is an ICMP answer to a client that is gone.
@@ -280,10 +280,10 @@ impl Relay {
         if quota.is_some_and(|quota| flow.sent > quota) {
             return count(&self.counters.lost);
         }
-        self.accept(client, Heading::Up, datagram);
+        self.accept(client, Heading::Up, datagram).await;
     }
 
-    fn accept(&mut self, client: SocketAddr, heading: Heading, datagram: Bytes) {
+    async fn accept(&mut self, client: SocketAddr, heading: Heading, datagram: Bytes) {
         let weather = *self.weather.borrow();
         let direction = match heading {
             Heading::Up => &mut self.up,
@@ -291,7 +291,7 @@ impl Relay {
         };
         match direction.fate(&weather, Instant::now()) {
             Fate::Lost => count(&self.counters.lost),
-            Fate::Now => self.send(client, heading, &datagram),
+            Fate::Now => self.send(client, heading, &datagram).await,
             Fate::Later(_) if self.held.len() >= MAX_HELD => count(&self.counters.overflow),
             Fate::Later(due) => {
                 self.held_so_far += 1;
@@ -306,15 +306,15 @@ impl Relay {
         }
     }
 
-    fn send(&self, client: SocketAddr, heading: Heading, datagram: &[u8]) {
+    async fn send(&self, client: SocketAddr, heading: Heading, datagram: &[u8]) {
         let (sent, counter) = match heading {
             Heading::Down => (
-                self.front.try_send_to(datagram, client),
+                self.front.send_to(datagram, client).await,
                 &self.counters.down,
             ),
             Heading::Up => match self.flows.get(&client) {
                 Some(flow) => (
-                    flow.back.try_send_to(datagram, self.broker),
+                    flow.back.send_to(datagram, self.broker).await,
                     &self.counters.up,
                 ),
                 None => return,

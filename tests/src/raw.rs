@@ -154,12 +154,12 @@ pub fn control_frame(content: wire::control::Frame) -> Bytes {
     frame::encode(Kind::CONTROL, &control)
 }
 
-/// Writes bytes to a TCP port and reads what comes until the other side closes or resets.
+/// Writes bytes to a TCP port and reads what comes until the other side closes or resets, as it must
+/// some time. Our own side stays open, since servers may take its end for that of the request.
 pub async fn tcp_exchange(address: SocketAddr, bytes: &[u8]) -> io::Result<Bytes> {
     let mut stream = TcpStream::connect(address).await?;
     // The other side may have closed before everything is written: that is an answer too.
     let _ = stream.write_all(bytes).await;
-    let _ = stream.shutdown().await;
     let mut answer = BytesMut::new();
     within("the end of a TCP connection", async {
         while answer.len() < MAX_READ {

@@ -3,4 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bridge;
+mod calls;
+mod hostile;
+mod identity;
+mod inference;
+mod mqtt;
+mod policy;
+mod pubsub;
+mod resilience;
 mod sim;
