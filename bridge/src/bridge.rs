@@ -184,6 +184,7 @@ impl Bridge {
                     Retain::Keep => RetainHandling::SendIfNew,
                     Retain::Clear => RetainHandling::DoNotSend,
                 },
+                retain_as_published: rule.retain == Retain::Keep,
                 manual_ack: true,
                 ..SubscribeOptions::default()
             };

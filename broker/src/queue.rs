@@ -65,6 +65,8 @@ struct Inner {
     bytes: usize,
     /// Number of the last QoS 1 message sent on the current lane.
     sent: u64,
+    /// The connection that may take and acknowledge; another one is stale.
+    epoch: u64,
     online: bool,
     closed: bool,
     /// The receiver has been woken and has not found the queue empty since.
@@ -78,8 +80,15 @@ struct Inner {
 /// Queues that became ready and the receiver's bell.
 #[derive(Debug, Default)]
 pub struct Outbox {
-    ready: Mutex<Vec<Arc<DeliveryQueue>>>,
+    ready: Mutex<Ready>,
     notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Ready {
+    queues: Vec<Arc<DeliveryQueue>>,
+    /// The connection that may take them.
+    epoch: u64,
 }
 
 impl Outbox {
@@ -88,15 +97,30 @@ impl Outbox {
         self.notify.notified().await;
     }
 
-    /// Takes the queues that became ready, most urgent class first.
-    pub fn take(&self) -> Vec<Arc<DeliveryQueue>> {
-        let mut ready = std::mem::take(&mut *self.ready.lock());
-        ready.sort_by_key(|queue| queue.class.index());
-        ready
+    /// Takes the queues that became ready, most urgent class first. A connection that no longer
+    /// holds the session gets none, and rings for the one that does.
+    pub fn take(&self, epoch: u64) -> Vec<Arc<DeliveryQueue>> {
+        let mut ready = self.ready.lock();
+        if ready.epoch != epoch {
+            drop(ready);
+            self.notify.notify_one();
+            return Vec::new();
+        }
+        let mut queues = std::mem::take(&mut ready.queues);
+        drop(ready);
+        queues.sort_by_key(|queue| queue.class.index());
+        queues
+    }
+
+    /// Gives the bell to another connection.
+    pub fn hand_over(&self, epoch: u64) {
+        let mut ready = self.ready.lock();
+        ready.epoch = epoch;
+        ready.queues.clear();
     }
 
     fn activate(&self, queue: Arc<DeliveryQueue>) {
-        self.ready.lock().push(queue);
+        self.ready.lock().queues.push(queue);
         self.notify.notify_one();
     }
 }
@@ -117,14 +141,15 @@ pub struct DeliveryQueue {
 }
 
 impl DeliveryQueue {
-    /// An empty queue of at most `limit` bytes.
+    /// An empty queue of at most `limit` bytes; `online` is the number of the connection that the
+    /// session has, if it has one.
     pub fn new(
         class: Class,
         subscription: u32,
         limit: usize,
         overflow: Overflow,
         outbox: Arc<Outbox>,
-        online: bool,
+        online: Option<u64>,
     ) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             class,
@@ -135,7 +160,8 @@ impl DeliveryQueue {
             wake: Notify::new(),
             this: this.clone(),
             inner: Mutex::new(Inner {
-                online,
+                online: online.is_some(),
+                epoch: online.unwrap_or_default(),
                 ..Inner::default()
             }),
         })
@@ -190,9 +216,15 @@ impl DeliveryQueue {
     ///
     /// QoS 1 entries move to the in-flight part and stay there until acknowledged; their messages
     /// are numbered on from the last. Entries past their expiry are left out and counted.
-    pub fn take(&self, budget: usize, now: Instant) -> Taken {
+    ///
+    /// `epoch` is the connection's number within the session: one that no longer holds the session
+    /// gets nothing, so that it cannot shift the numbers of the one that does.
+    pub fn take(&self, epoch: u64, budget: usize, now: Instant) -> Taken {
         let mut inner = self.inner.lock();
         let mut taken = Taken::default();
+        if inner.epoch != epoch {
+            return taken;
+        }
         let mut bytes = 0;
         while bytes < budget {
             let Some(entry) = inner.entries.pop_front() else {
@@ -234,9 +266,13 @@ impl DeliveryQueue {
         self.inner.lock().inflight_bytes < limit
     }
 
-    /// Drops what the receiver has acknowledged: all QoS 1 messages up to `last`.
-    pub fn acknowledge(&self, last: u64) -> u64 {
+    /// Drops what the receiver has acknowledged: all QoS 1 messages up to `last`. Ignored from a
+    /// connection that no longer holds the session.
+    pub fn acknowledge(&self, epoch: u64, last: u64) -> u64 {
         let mut inner = self.inner.lock();
+        if inner.epoch != epoch {
+            return 0;
+        }
         let mut done = 0;
         while let Some((number, entry)) = inner.inflight.front()
             && *number <= last
@@ -265,9 +301,11 @@ impl DeliveryQueue {
         inner.largest = largest;
     }
 
-    /// Starts delivery for a new connection: everything unacknowledged is sent again, first.
-    pub fn online(&self) {
+    /// Starts delivery for a new connection, the session's `epoch`-th: everything unacknowledged
+    /// is sent again, first.
+    pub fn online(&self, epoch: u64) {
         let mut inner = self.inner.lock();
+        inner.epoch = epoch;
         requeue(&mut inner);
         inner.online = true;
         inner.writer = false;

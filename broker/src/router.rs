@@ -118,7 +118,7 @@ impl Router {
         let levels: Vec<&str> = topic.levels().collect();
         let mut found = Vec::new();
         root.find(&levels, !topic.is_system(), &mut |subscribers| {
-            found.push(subscribers)
+            found.push(subscribers);
         });
         // Position of a session's shared lanes among the targets.
         let mut shared: HashMap<u64, usize> = HashMap::new();

@@ -124,7 +124,7 @@ impl Session {
     /// A new session with empty queues of at most `queue_limit` bytes each.
     pub fn new(id: u64, key: SessionKey, queue_limit: usize) -> Arc<Self> {
         let outbox = Arc::new(Outbox::default());
-        let shared = queues(0, queue_limit, Overflow::Default, &outbox, false);
+        let shared = queues(0, queue_limit, Overflow::Default, &outbox, None);
         Arc::new(Self {
             id,
             key,
@@ -154,12 +154,14 @@ impl Session {
         state.detached_at = None;
         state.will = will;
         let queues = all_queues(&self.shared, &state);
-        drop(state);
+        // Under the lock, so that of two connections at once the later number wins everywhere.
+        self.outbox.hand_over(epoch);
         for queue in queues {
             // A connection that is taken over leaves its unacknowledged messages to the next.
             queue.offline();
-            queue.online();
+            queue.online(epoch);
         }
+        drop(state);
         (epoch, previous)
     }
 
@@ -239,13 +241,9 @@ impl Session {
         overflow: Overflow,
     ) -> [Arc<DeliveryQueue>; 3] {
         if own_lane {
-            queues(
-                id,
-                self.queue_limit,
-                overflow,
-                &self.outbox,
-                self.is_online(),
-            )
+            let state = self.state.lock();
+            let online = state.attached.as_ref().map(|(epoch, _)| *epoch);
+            queues(id, self.queue_limit, overflow, &self.outbox, online)
         } else {
             self.shared.clone()
         }
@@ -343,7 +341,7 @@ fn queues(
     limit: usize,
     overflow: Overflow,
     outbox: &Arc<Outbox>,
-    online: bool,
+    online: Option<u64>,
 ) -> [Arc<DeliveryQueue>; 3] {
     Class::ALL
         .map(|class| DeliveryQueue::new(class, id, limit, overflow, Arc::clone(outbox), online))

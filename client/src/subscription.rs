@@ -59,6 +59,9 @@ pub struct SubscribeOptions {
     /// Deliver on a lane of its own, so that a slow reader of this subscription delays no other.
     /// Implied by a share group. Default: false.
     pub own_lane: bool,
+    /// Deliver with the retain flag as published, instead of only on messages that were retained
+    /// before. Implies `own_lane`. Default: false.
+    pub retain_as_published: bool,
     /// What the broker does when this subscriber is too slow.
     pub overflow: Overflow,
     /// Messages that may wait in this process, at least 1; 16 MiB bound them as well. QoS 0
@@ -76,6 +79,7 @@ impl Default for SubscribeOptions {
             no_local: false,
             retain_handling: RetainHandling::Send,
             own_lane: false,
+            retain_as_published: false,
             overflow: Overflow::Default,
             queue: 4096,
             manual_ack: false,
@@ -130,6 +134,7 @@ impl SubscribeOptions {
             retain_handling: retain_handling.into(),
             overflow: overflow.into(),
             own_lane: self.own_lane,
+            retain_as_published: self.retain_as_published,
         }
     }
 }
@@ -305,7 +310,7 @@ impl Route {
         Self {
             id,
             filter: target.filter.clone(),
-            owns_lane: options.own_lane || target.share.is_some(),
+            owns_lane: options.own_lane || options.retain_as_published || target.share.is_some(),
             max_qos: options.max_qos,
             manual_ack: options.manual_ack,
             limit: options.queue.max(1),

@@ -227,6 +227,7 @@ impl Actor {
             delivery: Delivery::new(
                 connect.version,
                 Arc::clone(session),
+                attached.attachment.epoch,
                 connect.receive_maximum,
                 connect.maximum_packet_size,
             ),
@@ -327,10 +328,7 @@ impl Actor {
             return end;
         }
         loop {
-            // A connection that was taken over must not touch the queues, which are another's now.
-            if session.epoch() == self.attached.attachment.epoch {
-                self.delivery.fill(output, &self.fabric.metrics);
-            }
+            self.delivery.fill(output, &self.fabric.metrics);
             while output.has_remaining() || unflushed {
                 match write_some(write_half, output, &mut unflushed).now_or_never() {
                     Some(Ok(())) => {}
@@ -402,9 +400,7 @@ impl Actor {
             };
         }
         self.publishing.flush();
-        if self.attached.attachment.session.epoch() == self.attached.attachment.epoch {
-            self.delivery.settle();
-        }
+        self.delivery.settle();
         result
     }
 

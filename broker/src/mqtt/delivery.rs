@@ -35,6 +35,8 @@ const MAX_VIEWS: usize = 1024;
 pub(crate) struct Delivery {
     version: Version,
     session: Arc<Session>,
+    /// Number of the connection within its session.
+    epoch: u64,
     /// Largest packet the client takes.
     limit: usize,
     /// One for each queue that ever had something, by the queue's address, which its lane keeps.
@@ -91,12 +93,14 @@ impl Delivery {
     pub(crate) fn new(
         version: Version,
         session: Arc<Session>,
+        epoch: u64,
         receive_maximum: u16,
         limit: usize,
     ) -> Self {
         Self {
             version,
             session,
+            epoch,
             limit,
             lanes: HashMap::new(),
             ready: Default::default(),
@@ -115,7 +119,7 @@ impl Delivery {
     /// Moves messages from the queues to the output: the most urgent class first, lanes of one
     /// class in turn.
     pub(crate) fn fill(&mut self, output: &mut Output, metrics: &Metrics) {
-        for queue in self.session.outbox.take() {
+        for queue in self.session.outbox.take(self.epoch) {
             let key = Arc::as_ptr(&queue) as usize;
             let lane = self.lanes.entry(key).or_insert_with(|| Lane {
                 queue,
@@ -170,7 +174,7 @@ impl Delivery {
     pub(crate) fn settle(&mut self) {
         for key in self.acknowledged.drain(..) {
             if let Some(lane) = self.lanes.get(&key) {
-                lane.queue.acknowledge(lane.upto);
+                lane.queue.acknowledge(self.epoch, lane.upto);
             }
         }
     }
@@ -191,7 +195,7 @@ impl Delivery {
                 if output.remaining() >= HIGH_WATER {
                     return Stop::Output;
                 }
-                let taken = lane.queue.take(TAKE, now);
+                let taken = lane.queue.take(self.epoch, TAKE, now);
                 metrics.dropped_expired.inc_by(taken.expired.into());
                 if taken.entries.is_empty() {
                     lane.listed = false;
@@ -268,7 +272,7 @@ impl Delivery {
                     self.ids.remove(packet_id);
                     if let Some(upto) = lane.numbers.acknowledge(number) {
                         lane.upto = upto;
-                        lane.queue.acknowledge(upto);
+                        lane.queue.acknowledge(self.epoch, upto);
                     }
                 }
             }

@@ -41,7 +41,7 @@ fn each_refusal_says_what_is_missing() {
         ..request()
     };
     assert_eq!(
-        place(&private, &[cloud.clone()], first),
+        place(&private, std::slice::from_ref(&cloud), first),
         Err(Refusal::Residency)
     );
     let full = Candidate {

@@ -32,7 +32,7 @@ fn batch(qos: Qos, payload: &[u8]) -> Arc<Batch> {
 }
 
 fn queue(limit: usize, overflow: Overflow) -> Arc<DeliveryQueue> {
-    DeliveryQueue::new(Class::Normal, 0, limit, overflow, Arc::default(), true)
+    DeliveryQueue::new(Class::Normal, 0, limit, overflow, Arc::default(), Some(0))
 }
 
 fn payloads(taken: &Taken) -> Vec<Vec<u8>> {
@@ -63,7 +63,7 @@ fn qos_0_gives_up_the_oldest_and_says_how_many() {
         Pushed::Queued { dropped: 1 }
     );
     assert_eq!(
-        payloads(&queue.take(usize::MAX, Instant::now())),
+        payloads(&queue.take(0, usize::MAX, Instant::now())),
         [b"2", b"3"]
     );
     assert_eq!(queue.bytes(), 0);
@@ -92,19 +92,36 @@ fn unacknowledged_messages_come_again_first_and_in_order() {
         queue.push(&batch(Qos::AtLeastOnce, payload));
     }
     let now = Instant::now();
-    assert_eq!(queue.take(usize::MAX, now).entries.len(), 3);
-    assert_eq!(queue.acknowledge(1), 1);
+    assert_eq!(queue.take(0, usize::MAX, now).entries.len(), 3);
+    assert_eq!(queue.acknowledge(0, 1), 1);
     queue.push(&batch(Qos::AtMostOnce, b"0"));
     assert_eq!(queue.offline(), 1, "the QoS 0 message is lost");
     assert_eq!(queue.push(&batch(Qos::AtMostOnce, b"0")), Pushed::Offline);
     queue.push(&batch(Qos::AtLeastOnce, b"4"));
-    queue.online();
-    let taken = queue.take(usize::MAX, now);
+    queue.online(0);
+    let taken = queue.take(0, usize::MAX, now);
     assert_eq!(payloads(&taken), [b"2", b"3", b"4"]);
     let duplicates: Vec<bool> = taken.entries.iter().map(|entry| entry.duplicate).collect();
     assert_eq!(duplicates, [true, true, false]);
-    assert_eq!(queue.acknowledge(3), 3);
+    assert_eq!(queue.acknowledge(0, 3), 3);
     assert_eq!(queue.bytes(), 0);
+}
+
+#[test]
+fn a_connection_that_was_taken_over_moves_nothing() {
+    let queue = queue(usize::MAX, Overflow::Default);
+    queue.push(&batch(Qos::AtLeastOnce, b"1"));
+    let now = Instant::now();
+    assert_eq!(queue.take(0, usize::MAX, now).entries.len(), 1);
+    queue.online(1);
+    assert!(queue.take(0, usize::MAX, now).entries.is_empty());
+    assert_eq!(payloads(&queue.take(1, usize::MAX, now)), [b"1"]);
+    assert_eq!(
+        queue.acknowledge(0, 1),
+        0,
+        "the old connection's acknowledgement is stale"
+    );
+    assert_eq!(queue.acknowledge(1, 1), 1);
 }
 
 #[test]
@@ -115,7 +132,7 @@ fn expired_messages_are_left_out_and_counted() {
     stale.expires = Some(now);
     queue.push(&Arc::new(stale));
     queue.push(&batch(Qos::AtLeastOnce, b"new"));
-    let taken = queue.take(usize::MAX, now + Duration::from_millis(1));
+    let taken = queue.take(0, usize::MAX, now + Duration::from_millis(1));
     assert_eq!(
         (payloads(&taken), taken.expired),
         (vec![b"new".to_vec()], 1)
@@ -131,18 +148,18 @@ async fn a_burst_is_one_wake_up() {
         usize::MAX,
         Overflow::Default,
         Arc::clone(&outbox),
-        true,
+        Some(0),
     );
     for _ in 0..100 {
         queue.push(&batch(Qos::AtMostOnce, b"x"));
     }
     outbox.ready().await;
-    assert_eq!(outbox.take().len(), 1);
-    assert_eq!(queue.take(usize::MAX, Instant::now()).entries.len(), 100);
-    assert!(queue.take(usize::MAX, Instant::now()).entries.is_empty());
+    assert_eq!(outbox.take(0).len(), 1);
+    assert_eq!(queue.take(0, usize::MAX, Instant::now()).entries.len(), 100);
+    assert!(queue.take(0, usize::MAX, Instant::now()).entries.is_empty());
     queue.push(&batch(Qos::AtMostOnce, b"x"));
     outbox.ready().await;
-    assert_eq!(outbox.take().len(), 1);
+    assert_eq!(outbox.take(0).len(), 1);
 }
 
 proptest! {
@@ -158,16 +175,16 @@ proptest! {
             match step {
                 0..3 => { queue.push(&batch(qos, &vec![0; size])); }
                 3 => {
-                    let taken = queue.take(300, Instant::now());
+                    let taken = queue.take(0, 300, Instant::now());
                     sent += taken.entries.iter().filter(|e| e.batch.qos == Qos::AtLeastOnce).count() as u64;
                 }
-                4 => { acked = sent.min(acked + 1); queue.acknowledge(acked); }
-                _ => { queue.offline(); queue.online(); sent = 0; acked = 0; }
+                4 => { acked = sent.min(acked + 1); queue.acknowledge(0, acked); }
+                _ => { queue.offline(); queue.online(0); sent = 0; acked = 0; }
             }
             prop_assert!(queue.bytes() <= 1000);
         }
-        while !queue.take(usize::MAX, Instant::now()).entries.is_empty() {}
-        queue.acknowledge(u64::MAX);
+        while !queue.take(0, usize::MAX, Instant::now()).entries.is_empty() {}
+        queue.acknowledge(0, u64::MAX);
         prop_assert_eq!(queue.bytes(), 0);
     }
 }

@@ -339,7 +339,7 @@ impl Actor {
                         Ok(super::control::Next::Send(answer)) => {
                             // Waits for room, but not past the end of the connection.
                             tokio::select! {
-                                sent = self.control.send(answer) => if sent.is_err() { return End::Lost },
+                                sent = self.control.send(*answer) => if sent.is_err() { return End::Lost },
                                 status = kick.kicked() => return End::Kicked(status),
                             }
                         }
@@ -383,15 +383,19 @@ impl Actor {
 
     /// Opens a lane for each queue that has its first messages.
     fn open_lanes(&mut self, outbox: &crate::queue::Outbox) {
-        for queue in outbox.take() {
+        for queue in outbox.take(self.attachment.epoch) {
             let lane = self.next_lane;
             self.next_lane += 1;
             queue.set_writer(self.peer_limit);
+            let owner = self.attachment.session.subscription(queue.subscription);
+            let retain_as_published = owner.is_some_and(|owner| owner.retain_as_published);
             self.lanes.insert(lane, Arc::clone(&queue));
             let delivery = Delivery::new(
                 queue,
                 Arc::clone(&self.fabric.metrics),
                 self.fabric.limits.inflight_bytes,
+                self.attachment.epoch,
+                retain_as_published,
                 lane,
             );
             let connection = self.connection.clone();

@@ -23,7 +23,7 @@ pub(super) enum Next {
     /// Nothing.
     Continue,
     /// This goes back.
-    Send(Frame),
+    Send(Box<Frame>),
     /// The client leaves.
     Goodbye,
 }
@@ -74,12 +74,14 @@ impl Actor {
             }
             Frame::DeliveryAck(ack) => {
                 if let Some(queue) = self.lanes.get(&ack.lane) {
-                    queue.acknowledge(ack.last);
+                    queue.acknowledge(self.attachment.epoch, ack.last);
                 }
                 return Ok(Next::Continue);
             }
             Frame::Ping(ping) => {
-                return Ok(Next::Send(Frame::Pong(wire::Pong { token: ping.token })));
+                return Ok(Next::Send(Box::new(Frame::Pong(wire::Pong {
+                    token: ping.token,
+                }))));
             }
             Frame::Goodbye(_) => return Ok(Next::Goodbye),
             Frame::Pong(_) => return Ok(Next::Continue),
@@ -99,13 +101,14 @@ impl Actor {
                 ));
             }
         };
-        Ok(Next::Send(Frame::Reply(wire::Reply {
+        let reply = Frame::Reply(wire::Reply {
             request_id,
             statuses: statuses
                 .into_iter()
                 .map(|outcome: Result<(), Status>| outcome.err().unwrap_or_else(Status::ok).into())
                 .collect(),
-        })))
+        });
+        Ok(Next::Send(Box::new(reply)))
     }
 
     fn subscribe(&self, subscription: &wire::Subscription) -> Result<(), Status> {
@@ -131,9 +134,10 @@ impl Actor {
                 target,
                 max_qos: max_qos.min(Qos::AtLeastOnce),
                 no_local: subscription.no_local,
-                retain_as_published: false,
+                retain_as_published: subscription.retain_as_published,
                 identifier: None,
-                own_lane: subscription.own_lane,
+                // The shared lanes carry one form of a message for all their subscriptions.
+                own_lane: subscription.own_lane || subscription.retain_as_published,
                 overflow: match subscription.overflow() {
                     wire::Overflow::Default => Overflow::Default,
                     wire::Overflow::DropOldest => Overflow::DropOldest,

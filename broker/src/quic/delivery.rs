@@ -7,8 +7,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use quinn::{SendStream, WriteError};
 use selvedge_proto::frame::{self, Kind};
-use selvedge_proto::lane::{self, MessageRef};
-use selvedge_proto::message::Qos;
+use selvedge_proto::lane::{self, Flags};
 use selvedge_proto::wire;
 
 use crate::batch::{Batch, Flow};
@@ -31,6 +30,10 @@ pub(super) struct Delivery {
     metrics: Arc<Metrics>,
     /// QoS 1 bytes that may be unacknowledged.
     inflight: usize,
+    /// Number of the connection within its session.
+    epoch: u64,
+    /// The subscription that owns the lane wants the retain flag as published.
+    retain_as_published: bool,
     lane: u32,
     /// Flows announced on this lane, by id. Kept alive so that an id cannot mean another.
     bound: HashMap<u32, Arc<Flow>>,
@@ -42,12 +45,16 @@ impl Delivery {
         queue: Arc<DeliveryQueue>,
         metrics: Arc<Metrics>,
         inflight: usize,
+        epoch: u64,
+        retain_as_published: bool,
         lane: u32,
     ) -> Self {
         Self {
             queue,
             metrics,
             inflight,
+            epoch,
+            retain_as_published,
             lane,
             bound: HashMap::new(),
             last: None,
@@ -71,7 +78,7 @@ impl Delivery {
                 self.queue.woken().await;
                 continue;
             }
-            let taken = self.queue.take(BUDGET, Instant::now());
+            let taken = self.queue.take(self.epoch, BUDGET, Instant::now());
             if taken.expired > 0 {
                 self.metrics.dropped_expired.inc_by(taken.expired.into());
             }
@@ -102,8 +109,14 @@ impl Delivery {
             messages += u64::from(batch.count);
             bytes += (batch.frames.len() + batch.payload.len()) as u64;
             self.bind(&batch.flow, &mut small);
-            if entry.duplicate {
-                put_duplicates(&mut small, batch);
+            let as_published = self.retain_as_published && batch.retain_as_published;
+            if entry.duplicate || as_published {
+                put_flagged(
+                    &mut small,
+                    batch,
+                    entry.duplicate,
+                    batch.retain || as_published,
+                );
                 continue;
             }
             for piece in [&batch.frames, &batch.payload] {
@@ -150,18 +163,12 @@ impl Delivery {
     }
 }
 
-/// The batch again with the duplicate flag on every message.
-fn put_duplicates(buffer: &mut BytesMut, batch: &Batch) {
-    let mut rest = batch.frames.clone();
+/// The batch again with other flags on every message.
+fn put_flagged(buffer: &mut BytesMut, batch: &Batch, duplicate: bool, retain: bool) {
+    let flags = Flags::new(batch.qos)
+        .with_duplicate(duplicate)
+        .with_retain(retain);
     for message in batch.messages() {
-        // The flags are the first byte of each body.
-        let Ok(Some(head)) = frame::peek(&rest, frame::MAX_FRAME) else {
-            return;
-        };
-        let Ok(parsed) = MessageRef::parse(&rest[head.prefix..]) else {
-            return;
-        };
-        let flags = parsed.flags.with_duplicate(batch.qos != Qos::AtMostOnce);
         lane::put_message(
             buffer,
             flags,
@@ -169,6 +176,5 @@ fn put_duplicates(buffer: &mut BytesMut, batch: &Batch) {
             message.header.as_deref(),
             &message.payload,
         );
-        let _ = rest.split_to(head.total().min(rest.len()));
     }
 }
