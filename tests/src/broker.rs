@@ -171,13 +171,21 @@ impl TestBroker {
             .expect("the broker accepts the client")
     }
 
-    /// The sum of a metric over all series that carry every given label; 0 while there is none.
-    pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
-        let request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-        let answer = raw::tcp_exchange(self.admin(), request)
+    /// The body of the admin listener's answer to GET.
+    pub async fn get(&self, path: &str) -> String {
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let answer = raw::tcp_exchange(self.admin(), request.as_bytes())
             .await
             .expect("the admin listener answers");
-        let text = String::from_utf8_lossy(&answer);
+        let answer = String::from_utf8_lossy(&answer);
+        let (_, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+        body.to_owned()
+    }
+
+    /// The sum of a metric over all series that carry every given label; 0 while there is none.
+    pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
+        let text = self.get("/metrics").await;
         text.lines()
             .filter_map(|line| line.strip_prefix(name))
             .filter(|rest| rest.starts_with(['{', ' ']))

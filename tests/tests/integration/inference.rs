@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use selvedge_client::{
-    AnswerInfo, Client, Code, IncomingInference, Infer, ModelRegistration, Residency, Tier,
-    WorkerHandle,
+    AnswerInfo, CallError, Client, Code, IncomingInference, Infer, ModelRegistration, Residency,
+    Tier, WorkerHandle,
 };
 use selvedge_tests::TestBroker;
 use selvedge_tests::wait::within;
@@ -227,4 +227,138 @@ async fn a_model_that_nobody_runs_is_not_found() {
     let camera = broker.client("camera-3").await;
     let error = camera.infer(Infer::new("nothing")).await.unwrap_err();
     assert_eq!(error.code(), Code::NotFound, "{error}");
+}
+
+#[tokio::test]
+async fn an_answer_streams_and_giving_it_up_reaches_the_worker() {
+    let broker = TestBroker::open().await;
+    let (camera, edge) = (
+        broker.client("camera-3").await,
+        broker.client("edge-1").await,
+    );
+    let mut worker = edge
+        .work(registration("chat", Tier::Edge, 1))
+        .await
+        .unwrap();
+    let request = Infer::new("chat").payload("why?");
+    let (stream, mut asked) = tokio::join!(camera.infer_stream(request), async {
+        let mut asked = incoming(&mut worker).await;
+        assert_eq!(asked.request().await.unwrap(), "why?");
+        asked.answer(AnswerInfo::default()).await.unwrap();
+        asked.send("be").await.unwrap();
+        asked
+    });
+    let mut stream = stream.unwrap();
+    assert_eq!(
+        within("a token", stream.next()).await.unwrap().unwrap(),
+        "be"
+    );
+    asked.send("cause").await.unwrap();
+    assert_eq!(
+        within("a token", stream.next()).await.unwrap().unwrap(),
+        "cause"
+    );
+    stream.cancel();
+    within("the cancel to reach the worker", asked.cancelled()).await;
+    // The slot is free again.
+    drop(asked);
+    let (inference, ()) = tokio::join!(camera.infer(Infer::new("chat")), async {
+        let asked = incoming(&mut worker).await;
+        asked.reply(AnswerInfo::default(), "again").await.unwrap();
+    });
+    assert_eq!(inference.unwrap().payload, "again");
+}
+
+#[tokio::test]
+async fn a_lost_worker_is_unavailable_unless_the_request_may_be_repeated() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("camera-3").await;
+    for repeat in [false, true] {
+        let edge = broker.client("edge-1").await;
+        let mut dying = edge
+            .work(registration("digits", Tier::Edge, 1))
+            .await
+            .unwrap();
+        let request = Infer::new("digits").payload("image").idempotent(repeat);
+        let (outcome, successor) = tokio::join!(camera.infer(request), async {
+            let _asked = incoming(&mut dying).await;
+            let other = broker.client("edge-2").await;
+            let successor = answering(&other, Tier::Edge, 0.9, "seven").await;
+            edge.close().await;
+            (other, successor)
+        });
+        match outcome {
+            Ok(inference) => assert!(repeat && inference.payload == "seven"),
+            Err(error) => assert!(!repeat && error.code() == Code::Unavailable, "{error}"),
+        }
+        successor.0.close().await;
+    }
+}
+
+#[tokio::test]
+async fn when_too_many_wait_the_next_is_refused_with_a_time_to_come_again() {
+    let broker = TestBroker::with(selvedge_tests::broker::OPEN, |config, _| {
+        config.limits.waiting_per_model = 1;
+    })
+    .await;
+    let (camera, edge) = (
+        broker.client("camera-3").await,
+        broker.client("edge-1").await,
+    );
+    let mut worker = edge
+        .work(registration("digits", Tier::Edge, 1))
+        .await
+        .unwrap();
+    let mut requests = tokio::task::JoinSet::new();
+    for _ in 0..3 {
+        let camera = camera.clone();
+        requests.spawn(async move { camera.infer(Infer::new("digits")).await });
+    }
+    let running = incoming(&mut worker).await;
+    // One runs and one waits: the third is the first to be answered.
+    let error = within("the refusal", requests.join_next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    let CallError::Status(status) = error else {
+        panic!("{error:?}")
+    };
+    assert!(status.retry_after.is_some(), "{status:?}");
+    running.reply(AnswerInfo::default(), "1").await.unwrap();
+    incoming(&mut worker)
+        .await
+        .reply(AnswerInfo::default(), "2")
+        .await
+        .unwrap();
+    for outcome in within("the others", requests.join_all()).await {
+        outcome.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_that_no_worker_can_meet_is_refused_at_once_with_the_estimate() {
+    let broker = TestBroker::open().await;
+    let (camera, edge) = (
+        broker.client("camera-3").await,
+        broker.client("edge-1").await,
+    );
+    let slow = ModelRegistration {
+        service_time: Some(Duration::from_secs(60)),
+        ..registration("digits", Tier::Edge, 1)
+    };
+    let mut worker = edge.work(slow).await.unwrap();
+    let request = Infer::new("digits").deadline(Duration::from_secs(20));
+    let begun = std::time::Instant::now();
+    let error = camera.infer(request).await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+    assert!(error.to_string().contains("60"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(20), "refused late");
+    assert!(
+        tokio::time::timeout(Duration::ZERO, worker.next())
+            .await
+            .is_err(),
+        "the worker never sees it"
+    );
 }

@@ -3,12 +3,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod admin;
 mod bridge;
 mod calls;
 mod hostile;
 mod identity;
 mod inference;
 mod mqtt;
+mod overload;
 mod policy;
 mod pubsub;
 mod resilience;
