@@ -1,6 +1,6 @@
 //! MQTT 3.1, 3.1.1 and 5.0 on the same sessions, router and policy as native clients.
 //!
-//! The versions differ in [`packet`], where bytes become one packet type, and in [`output`], where
+//! The versions differ in `packet`, where bytes become one packet type, and in `output`, where
 //! answers become bytes. Between the two there is one code path.
 
 use std::fmt;

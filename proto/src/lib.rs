@@ -11,7 +11,7 @@ pub mod status;
 pub mod topic;
 
 /// The prost messages of `proto/selvedge.proto`, one to one with the wire.
-#[allow(missing_docs, clippy::all, unreachable_pub)]
+#[allow(missing_docs, clippy::all, unreachable_pub, rustdoc::all)]
 pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/selvedge.v1.rs"));
 }
