@@ -14,6 +14,7 @@ const DEV_ADMIN: &str = "dev/local/admin";
 /// Where the broker is, and who connects.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Connection")]
+#[group(skip)]
 pub(crate) struct Args {
     /// Address of the broker.
     #[arg(

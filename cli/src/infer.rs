@@ -26,8 +26,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     request: Request,
     /// Only this version of the model will do.
-    #[arg(long)]
-    version: Option<String>,
+    #[arg(long, value_name = "VERSION")]
+    model_version: Option<String>,
     /// How long the answer may take.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration::parse)]
     deadline: Duration,
@@ -90,7 +90,7 @@ fn request(args: &Args) -> anyhow::Result<Infer> {
         .residency(args.residency)
         .preference(args.prefer)
         .idempotent(args.idempotent);
-    if let Some(version) = &args.version {
+    if let Some(version) = &args.model_version {
         request = request.version(version);
     }
     if let Some(confidence) = args.min_confidence {

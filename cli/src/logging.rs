@@ -6,6 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Flags of every command.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// What to log to standard error, such as `debug` or `selvedge_broker=trace,info`.
     /// Default: info for services, warn for other commands.

@@ -12,7 +12,7 @@ const LINES_AHEAD: usize = 64;
 
 /// A payload from the command line, a file or standard input.
 #[derive(Debug, Default, clap::Args)]
-#[group(multiple = false)]
+#[group(id = "source", multiple = false)]
 pub(crate) struct Args {
     /// The payload as text.
     payload: Option<String>,

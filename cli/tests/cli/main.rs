@@ -1,0 +1,7 @@
+//! The `selvedge` binary as people and scripts use it: arguments in, output and exit code out.
+#![allow(clippy::unwrap_used)]
+
+mod certs;
+mod config;
+mod dev;
+mod program;
