@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use selvedge_broker::server::{Addresses, Server};
-use selvedge_broker::{Config, ConfigErrors};
+use selvedge_broker::{Addresses, Config, ConfigErrors, Server};
 use serde_json::json;
 use tracing::info;
 

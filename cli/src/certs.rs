@@ -22,7 +22,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 #[command(after_help = "\
 Example:
   selvedge certs init --dir pki --trust-domain example.org
-  selvedge certs issue --dir pki --tenant acme --site cloud --name broker --server --dns localhost --ip 127.0.0.1
+  selvedge certs issue --dir pki --tenant acme --site cloud --name broker \\
+    --server --dns localhost --ip 127.0.0.1
   selvedge certs issue --dir pki --tenant acme --site plant-1 --name press-7
   selvedge certs show pki/acme/plant-1/press-7/cert.pem")]
 pub(crate) struct Args {
@@ -64,7 +65,8 @@ struct Init {
 #[command(after_help = "\
 Example:
   selvedge certs issue --dir pki --tenant acme --site plant-1 --name press-7
-  selvedge certs issue --dir pki --tenant acme --site cloud --name broker --server --dns broker.example.org --ip 127.0.0.1")]
+  selvedge certs issue --dir pki --tenant acme --site cloud --name broker \\
+    --server --dns broker.example.org --ip 127.0.0.1")]
 struct Issue {
     /// Folder of the authority.
     #[arg(long, value_name = "DIR", default_value = "pki")]

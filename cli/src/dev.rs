@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use selvedge_broker::server::Addresses;
+use selvedge_broker::{Addresses, BindError};
 use tracing::info;
 
 use crate::fabric::{self, Fabric, Folder, Listeners, reachable};
@@ -21,7 +21,8 @@ const DEFAULT_QUIC: &str = "127.0.0.1:7443";
 #[command(after_help = "\
 Example:
   selvedge dev
-  selvedge dev --dir /tmp/fabric --quic 127.0.0.1:0 --mqtt 127.0.0.1:0 --mqtts 127.0.0.1:0 --admin 127.0.0.1:0
+  selvedge dev --dir /tmp/fabric --quic 127.0.0.1:0 --mqtt 127.0.0.1:0 \\
+    --mqtts 127.0.0.1:0 --admin 127.0.0.1:0
 
 Prints lines such as quic=127.0.0.1:7443, then `ready`, then commands to paste. The folder holds
 the certificates (pki/), policy.toml and broker.toml, which are made once and then kept: edit them
@@ -67,7 +68,14 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         admin: args.admin,
     };
     listeners.apply(&mut config, &folder)?;
-    let mut fabric = Fabric::start(config).await?;
+    let mut fabric = Fabric::start(config).await.inspect_err(|error| {
+        if error.is::<BindError>() {
+            output::note(
+                "hint: another port can be given by flag, and 0 is any that is free: \
+                 selvedge dev --mqtt 127.0.0.1:0",
+            );
+        }
+    })?;
     let workers = !args.no_workers;
     if workers {
         let started = tokio::select! {

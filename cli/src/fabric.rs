@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use selvedge_broker::Config;
-use selvedge_broker::server::{Addresses, Server};
+use selvedge_broker::{Addresses, Server};
 use selvedge_client::{Options, Tier};
 use selvedge_worker::model::ConfidenceRule;
 use selvedge_worker::{ModelSpec, OnnxModel, Worker, WorkerOptions};

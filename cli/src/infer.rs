@@ -19,7 +19,8 @@ Example:
   selvedge infer summarise --payload-file document.txt --deadline 10s --json
 
 request.json is as in the Open Inference Protocol v2:
-  {\"inputs\": [{\"name\": \"input\", \"datatype\": \"FP32\", \"shape\": [1, 4], \"data\": [0, 0.5, 1, 1]}]}")]
+  {\"inputs\": [{\"name\": \"input\", \"datatype\": \"FP32\",
+               \"shape\": [1, 4], \"data\": [0, 0.5, 1, 1]}]}")]
 pub(crate) struct Args {
     /// Model to ask.
     model: String,

@@ -87,31 +87,27 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Certs(args) => return certs::run(args),
-        Command::Policy(args) => return policy::run(args),
-        Command::Mqtt(args) => return mqtt::run(args),
-        _ => {}
+        Command::Dev(args) => block_on(dev::run(args)),
+        Command::Broker(args) => block_on(broker::run(args)),
+        Command::Bridge(args) => block_on(bridge::run(args)),
+        Command::Worker(args) => block_on(worker::run(args)),
+        Command::Certs(args) => certs::run(args),
+        Command::Policy(args) => policy::run(args),
+        Command::Mqtt(args) => mqtt::run(args),
+        Command::Pub(args) => block_on(publish::run(args)),
+        Command::Sub(args) => block_on(subscribe::run(args)),
+        Command::Call(args) => block_on(call::run(args)),
+        Command::Serve(args) => block_on(serve::run(args)),
+        Command::Infer(args) => block_on(infer::run(args)),
     }
+}
+
+fn block_on(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(async {
-        match command {
-            Command::Dev(args) => Box::pin(dev::run(args)).await,
-            Command::Broker(args) => Box::pin(broker::run(args)).await,
-            Command::Bridge(args) => Box::pin(bridge::run(args)).await,
-            Command::Worker(args) => Box::pin(worker::run(args)).await,
-            Command::Pub(args) => Box::pin(publish::run(args)).await,
-            Command::Sub(args) => Box::pin(subscribe::run(args)).await,
-            Command::Call(args) => Box::pin(call::run(args)).await,
-            Command::Serve(args) => Box::pin(serve::run(args)).await,
-            Command::Infer(args) => Box::pin(infer::run(args)).await,
-            Command::Certs(_) | Command::Policy(_) | Command::Mqtt(_) => {
-                unreachable!("done above, without a runtime")
-            }
-        }
-    });
+    let result = runtime.block_on(Box::pin(command));
     runtime.shutdown_timeout(LEFT_OVER);
     result
 }
@@ -151,5 +147,20 @@ mod tests {
     #[test]
     fn the_arguments_fit_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example_that_can_be_pasted() {
+        fn check(command: &clap::Command) {
+            let name = command.get_name();
+            let help = command.get_after_help().expect(name).to_string();
+            assert!(help.contains("Example"), "{name}");
+            for line in help.lines() {
+                // A terminal would wrap longer ones in the middle of a command.
+                assert!(line.chars().count() <= 100, "{name}: {line}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
     }
 }

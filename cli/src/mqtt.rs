@@ -14,7 +14,8 @@ use crate::output;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  selvedge mqtt passwd users.toml --user press-7 --identity spiffe://example.org/acme/plant-1/press-7")]
+  selvedge mqtt passwd users.toml --user press-7 \\
+    --identity spiffe://example.org/acme/plant-1/press-7")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -29,8 +30,11 @@ enum Command {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  selvedge mqtt passwd users.toml --user press-7 --identity spiffe://example.org/acme/plant-1/press-7
-  pwgen 20 1 | selvedge mqtt passwd users.toml --user press-7 --identity spiffe://example.org/acme/plant-1/press-7 --password-stdin
+  selvedge mqtt passwd users.toml --user press-7 \\
+    --identity spiffe://example.org/acme/plant-1/press-7
+  head -1 password.txt | selvedge mqtt passwd users.toml --user press-7 \\
+    --identity spiffe://example.org/acme/plant-1/press-7 \\
+    --password-stdin
 
 The broker reads the file that `passwords` in the table [mqtt] of broker.toml names.")]
 struct Passwd {

@@ -17,7 +17,9 @@ use crate::output::{self, Problems};
 #[command(after_help = "\
 Example:
   selvedge policy check policy.toml
-  selvedge policy explain --policy policy.toml --identity spiffe://example.org/acme/plant-1/press-7 publish sites/plant-1/press-7/temperature")]
+  selvedge policy explain --policy policy.toml \\
+    --identity spiffe://example.org/acme/plant-1/press-7 \\
+    publish sites/plant-1/press-7/temperature")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -55,7 +57,9 @@ struct Check {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  selvedge policy explain --policy policy.toml --identity spiffe://example.org/acme/plant-1/press-7 subscribe 'sites/plant-1/#'")]
+  selvedge policy explain --policy policy.toml \\
+    --identity spiffe://example.org/acme/plant-1/press-7 \\
+    subscribe 'sites/plant-1/#'")]
 struct Explain {
     /// The policy.
     #[arg(long, value_name = "FILE")]

@@ -339,6 +339,37 @@ fn a_second_start_keeps_what_is_there() {
 }
 
 #[test]
+fn a_port_that_is_taken_is_named_with_a_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken_address = taken.local_addr().unwrap().to_string();
+    let dir = text(folder.path());
+    let args = [
+        "dev",
+        "--no-workers",
+        "--dir",
+        &dir,
+        "--quic",
+        "127.0.0.1:0",
+    ];
+    let mut args = args.to_vec();
+    args.extend([
+        "--mqtts",
+        "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
+        "--mqtt",
+        &taken_address,
+    ]);
+    let said = run(selvedge(args)).failed();
+    assert!(
+        said.contains(&format!("cannot listen for MQTT on {taken_address}")),
+        "{said}"
+    );
+    assert!(said.contains("hint: another port"), "{said}");
+}
+
+#[test]
 fn another_configuration_can_be_given() {
     let folder = tempfile::tempdir().unwrap();
     let first = Dev::start(folder.path(), &["--no-workers"]);
