@@ -11,6 +11,7 @@ use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
+use crate::clock;
 use crate::fabric::Fabric;
 use crate::inference;
 use crate::policy::{Decision, IdentityPolicy, Verb};
@@ -128,7 +129,7 @@ async fn place_and_relay(
     leg: &mut Leg,
     rest: Bytes,
 ) -> Result<Code, Status> {
-    let due = caller.due(header.deadline_ms, Instant::now());
+    let due = caller.due(header.deadline_ms, clock::now());
     let service = TopicName::parse(header.service.as_str())
         .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
     caller.allow(Verb::Call, &service)?;
@@ -139,7 +140,7 @@ async fn place_and_relay(
         let place = caller.tenant.services.place(
             &service,
             caller.identity.site(),
-            fabric.start_grace(Instant::now()),
+            fabric.start_grace(clock::now()),
             fabric.limits.resume_grace,
             due,
         );
@@ -148,7 +149,7 @@ async fn place_and_relay(
             _ = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
         };
         let placed = placed.map_err(|error| match error {
-            NoResponder::NotFound if Instant::now() >= due => Status::new(
+            NoResponder::NotFound if clock::now() >= due => Status::new(
                 Code::DeadlineExceeded,
                 format!("no responder for {service} came in time"),
             ),
@@ -181,7 +182,7 @@ async fn place_and_relay(
                 caller
                     .tenant
                     .services
-                    .remove(&service, &placed.responder, Some(Instant::now()));
+                    .remove(&service, &placed.responder, Some(clock::now()));
             }
         }
     };
@@ -226,7 +227,7 @@ async fn relay(
 
 /// Time left until `due`, at least a millisecond since zero means none given.
 pub(crate) fn left_ms(due: Instant) -> u32 {
-    let left = due.saturating_duration_since(Instant::now());
+    let left = due.saturating_duration_since(clock::now());
     u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)
 }
 

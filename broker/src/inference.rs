@@ -13,6 +13,7 @@ use selvedge_proto::wire;
 use crate::calls::exchange::{self, Exchange, Interrupted, Leg, ResponseEnd};
 use crate::calls::tracker::ResponseTracker;
 use crate::calls::{Caller, end_with, interruption, left_ms};
+use crate::clock;
 use crate::models::{Patience, Slot, WorkerModel};
 use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
@@ -149,7 +150,7 @@ async fn escalate(
     tier: &mut Option<Tier>,
 ) -> Result<Code, Status> {
     let confidence = held.answer.confidence.unwrap_or_default();
-    let left = request.due.saturating_duration_since(Instant::now());
+    let left = request.due.saturating_duration_since(clock::now());
     let total = request.due.saturating_duration_since(request.begun);
     let kept = if left < total / CASCADE_SHARE {
         format!("edge answer of confidence {confidence:.3} kept: too little time to escalate")
@@ -494,7 +495,7 @@ impl Whole {
 
 fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> {
     let invalid = |message: String| Status::new(Code::InvalidArgument, message);
-    let begun = Instant::now();
+    let begun = clock::now();
     if let Some(least) = header.min_confidence
         && !(0.0..=1.0).contains(&least)
     {
@@ -547,7 +548,7 @@ async fn place(
         start_grace: if tier.is_some() {
             Duration::ZERO
         } else {
-            fabric.start_grace(Instant::now())
+            fabric.start_grace(clock::now())
         },
         resume_grace: if tier.is_some() {
             Duration::ZERO
@@ -581,7 +582,7 @@ async fn place(
                     ),
                 )
             }
-            Refusal::Busy { .. } if Instant::now() >= request.due => {
+            Refusal::Busy { .. } if clock::now() >= request.due => {
                 Status::new(Code::DeadlineExceeded, format!("no worker for {model} was free in time"))
             }
             Refusal::Busy { retry_after } => {

@@ -6,6 +6,7 @@
 
 mod admin;
 mod calls;
+mod clock;
 mod inference;
 
 pub mod batch;

@@ -12,6 +12,7 @@ use selvedge_proto::inference::{TensorSpec, Tier};
 use selvedge_proto::topic::TopicName;
 use tokio::sync::Notify;
 
+use crate::clock;
 use crate::placement::{self, Candidate, Choice, Refusal, Request};
 use crate::services::Load;
 
@@ -215,14 +216,14 @@ impl Models {
         exclude: Option<&Arc<WorkerModel>>,
         patience: Patience,
     ) -> Result<Slot, Refusal> {
-        let begun = Instant::now();
+        let begun = clock::now();
         let mut waiting: Option<Waiting> = None;
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             // Registered before the look, so that a change between look and wait is not missed.
             changed.as_mut().enable();
-            let now = Instant::now();
+            let now = clock::now();
             let request = Request {
                 deadline: patience.deadline.saturating_duration_since(now),
                 ..request.clone()
@@ -288,7 +289,7 @@ impl Models {
                 return Ok(Slot {
                     worker: Arc::clone(worker),
                     choice,
-                    begun: Instant::now(),
+                    begun: clock::now(),
                     tenant: Arc::clone(tenant),
                     completed: false,
                 });

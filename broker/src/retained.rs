@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use selvedge_proto::topic::{TopicFilter, TopicName};
 
 use crate::batch::Batch;
+use crate::clock;
 
 /// The retained messages of one tenant.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ impl Retained {
 
     /// Calls `f` with each message that matches and has not expired.
     pub fn for_each(&self, filter: &TopicFilter, mut f: impl FnMut(&Arc<Batch>)) {
-        let now = Instant::now();
+        let now = clock::now();
         let inner = self.inner.read();
         if let Some(topic) = filter.as_topic() {
             if let Some(message) = inner

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use quinn::Endpoint;
 use rand::Rng;
@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
 use crate::admin;
+use crate::clock;
 use crate::config::Config;
 use crate::fabric::Fabric;
 use crate::mqtt;
@@ -265,7 +266,7 @@ async fn sweep(fabric: Arc<Fabric>) {
     let mut ticks = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {
-            _ = ticks.tick() => fabric.expire_sessions(Instant::now()),
+            _ = ticks.tick() => fabric.expire_sessions(clock::now()),
             () = fabric.shutdown.cancelled() => return,
         }
     }

@@ -11,6 +11,8 @@ use selvedge_certs::Identity;
 use selvedge_proto::topic::TopicName;
 use tokio::sync::Notify;
 
+use crate::clock;
+
 /// The services of one tenant.
 #[derive(Debug, Default)]
 pub struct Services {
@@ -215,7 +217,7 @@ impl Services {
         resume_grace: Duration,
         deadline: Instant,
     ) -> Result<Placed, NoResponder> {
-        let begun = Instant::now();
+        let begun = clock::now();
         loop {
             let arrived = self.arrived.notified();
             tokio::pin!(arrived);
@@ -238,7 +240,7 @@ impl Services {
                     (lost + resume_grace).max(begun + start_grace)
                 })
                 .min(deadline);
-            if until <= Instant::now() {
+            if until <= clock::now() {
                 self.forget(service, resume_grace);
                 return Err(error);
             }
@@ -268,7 +270,7 @@ impl Services {
             if responder.load.try_begin(responder.max_in_flight) {
                 return Ok(Placed {
                     responder: Arc::clone(responder),
-                    begun: Instant::now(),
+                    begun: clock::now(),
                 });
             }
             candidates[chosen].full = true;

@@ -8,6 +8,7 @@ use bytes::Buf as _;
 use selvedge_proto::message::Qos;
 
 use crate::batch::{Batch, BatchMessage, Flow};
+use crate::clock;
 use crate::metrics::Metrics;
 use crate::mqtt::inflight::{Numbers, PacketIds};
 use crate::mqtt::output::{Outgoing, Output};
@@ -136,7 +137,7 @@ impl Delivery {
         if !self.has_more() {
             return;
         }
-        let now = Instant::now();
+        let now = clock::now();
         for class in 0..self.ready.len() {
             while let Some(key) = self.ready[class].pop_front() {
                 match self.drain(key, now, output, metrics) {

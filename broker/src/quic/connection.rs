@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use quinn::{Connection, SendStream};
@@ -20,6 +20,7 @@ use super::delivery::Delivery;
 use super::ingest::{Ingest, IngestError};
 use super::{FrameReader, LISTENER, ReadFrameError};
 use crate::calls;
+use crate::clock;
 use crate::fabric::Fabric;
 use crate::models::WorkerModel;
 use crate::policy::IdentityPolicy;
@@ -439,7 +440,7 @@ impl Actor {
 
     /// Takes every registration out. `lost`: the client may come back with them.
     fn withdraw_all(&mut self, lost: bool) {
-        let since = lost.then(Instant::now);
+        let since = lost.then(clock::now);
         for (_, (service, responder)) in self.services.drain() {
             self.tenant.services.remove(&service, &responder, since);
         }

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{SendStream, WriteError};
@@ -11,6 +10,7 @@ use selvedge_proto::lane::{self, Flags};
 use selvedge_proto::wire;
 
 use crate::batch::{Batch, Flow};
+use crate::clock;
 use crate::metrics::Metrics;
 use crate::queue::{DeliveryQueue, Entry};
 
@@ -78,7 +78,7 @@ impl Delivery {
                 self.queue.woken().await;
                 continue;
             }
-            let taken = self.queue.take(self.epoch, BUDGET, Instant::now());
+            let taken = self.queue.take(self.epoch, BUDGET, clock::now());
             if taken.expired > 0 {
                 self.metrics.dropped_expired.inc_by(taken.expired.into());
             }
