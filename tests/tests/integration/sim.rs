@@ -8,7 +8,7 @@ use quinn::{ServerConfig, TransportConfig};
 use selvedge_broker::policy::Policy;
 use selvedge_broker::{Config, Server};
 use selvedge_certs::{ALPN, Credentials, TrustAnchors, quic_server_config};
-use selvedge_client::{Client, Options, Publish, Qos, State, TopicName, Will};
+use selvedge_client::{Call, Client, Code, Options, Publish, Qos, State, TopicName, Will};
 use selvedge_tests::{TestPki, broker, log, raw, sim};
 use tokio::time::Instant;
 
@@ -16,9 +16,10 @@ const PORT: u16 = 7443;
 
 fn network(seed: u64) -> turmoil::Sim<'static> {
     turmoil::Builder::new()
-        .simulation_duration(Duration::from_secs(300))
-        .min_message_latency(Duration::from_millis(2))
-        .max_message_latency(Duration::from_millis(8))
+        .simulation_duration(Duration::from_secs(900))
+        .min_message_latency(Duration::from_millis(10))
+        .max_message_latency(Duration::from_millis(40))
+        .tick_duration(Duration::from_millis(10))
         .rng_seed(seed)
         .build()
 }
@@ -272,5 +273,54 @@ fn clients_find_a_broker_that_crashed_and_came_back() {
         network.step().unwrap();
     }
     network.bounce("broker");
+    network.run().unwrap();
+}
+
+#[test]
+fn deadlines_and_session_expiry_follow_the_clock_through_minutes_of_partition() {
+    log::init();
+    let pki = TestPki::new();
+    let mut network = network(6);
+    add_broker(&mut network, &pki);
+    let press = pki.device("acme", "plant-1", "press-7");
+    let anchors = pki.anchors();
+    network.client("press-7", async move {
+        let kept = |options: Options| {
+            options
+                .session("press")
+                .session_expiry(Duration::from_secs(100))
+        };
+        let press = connect(press, anchors, kept).await?;
+        let mut line = press.subscribe("line/#").await?;
+        for (minutes, present) in [(1, true), (4, false)] {
+            turmoil::partition("press-7", "broker");
+            tokio::time::sleep(Duration::from_secs(60 * minutes)).await;
+            turmoil::repair("press-7", "broker");
+            let mut state = press.state();
+            let found = state.wait_for(State::is_connected).await?.clone();
+            assert!(
+                matches!(found, State::Connected { session_present, .. } if session_present == present),
+                "after {minutes} minutes: {found:?}"
+            );
+            // Answered after the subscriptions that the client has restored by itself.
+            drop(press.subscribe("barrier").await?);
+            press.publish_message(numbered(0)).await?;
+            take_until(&mut line, 0).await;
+        }
+        // The deadline counts from now, not from when the broker started.
+        let mut echo = press.serve("echo").await?;
+        let (answer, _) = tokio::join!(press.call("echo", "x"), async {
+            echo.next().await.unwrap().reply("y").await
+        });
+        assert_eq!(answer?, "y");
+        let call = Call::new("echo").deadline(Duration::from_secs(20)).payload("x");
+        let begun = Instant::now();
+        let (answer, call) = tokio::join!(press.request(call), echo.next());
+        assert_eq!(answer.unwrap_err().code(), Code::DeadlineExceeded);
+        let after = begun.elapsed();
+        assert!((Duration::from_secs(20)..Duration::from_secs(22)).contains(&after), "{after:?}");
+        drop(call);
+        Ok(())
+    });
     network.run().unwrap();
 }
