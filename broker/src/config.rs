@@ -28,8 +28,20 @@ pub struct Config {
     pub mqtt: MqttConfig,
     /// Address of the admin listener.
     pub admin: Option<SocketAddr>,
+    /// Where sessions, their queues and retained messages outlive the process.
+    pub store: Option<StoreConfig>,
     /// Bounds.
     pub limits: Limits,
+}
+
+/// The store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreConfig {
+    /// Its folder, made if need be. One broker at a time may have it open.
+    pub folder: PathBuf,
+    /// QoS 1 to kept sessions is acknowledged once it is fsynced, unless the publisher demands
+    /// otherwise. Without it, acknowledgements do not wait for the disk.
+    pub sync: bool,
 }
 
 /// The MQTT listeners.
@@ -127,6 +139,7 @@ impl Config {
             quic: Some(([127, 0, 0, 1], 0).into()),
             mqtt: MqttConfig::default(),
             admin: None,
+            store: None,
             limits: Limits::default(),
         }
     }
@@ -231,6 +244,23 @@ impl Config {
             ));
         }
         file.limits.check(&mut problems);
+        let store = file.store.and_then(|store| {
+            let sync = match store.durability.as_deref() {
+                None | Some("disk") => true,
+                Some("memory") => false,
+                Some(other) => {
+                    problems.push(ConfigProblem::new(
+                        "store.durability",
+                        format!("{other:?} is no durability: expected disk or memory"),
+                    ));
+                    return None;
+                }
+            };
+            Some(StoreConfig {
+                folder: at(&store.folder),
+                sync,
+            })
+        });
 
         match (credentials, trust, policy) {
             (Some(credentials), Some(trust), Some(policy)) if problems.is_empty() => Ok(Self {
@@ -248,6 +278,7 @@ impl Config {
                     danger_plaintext,
                 },
                 admin,
+                store,
                 limits: file.limits,
             }),
             _ => Err(ConfigErrors(problems)),
@@ -268,7 +299,7 @@ impl Limits {
         bound(
             "max_frame_bytes",
             self.max_frame_bytes,
-            1024,
+            selvedge_proto::MAX_HEADER_FRAME,
             selvedge_proto::frame::MAX_FRAME,
         );
         bound(
@@ -401,8 +432,16 @@ struct File {
     mqtt: MqttTable,
     #[serde(default)]
     admin: AdminTable,
+    store: Option<StoreTable>,
     #[serde(default)]
     limits: Limits,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreTable {
+    folder: PathBuf,
+    durability: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Limits;
 use crate::metrics::Metrics;
 use crate::policy::{IdentityPolicy, Policy};
+use crate::store::Store;
 use crate::tenant::Tenant;
 
 /// Everything that outlives a connection. One per broker, shared by its listeners.
@@ -28,6 +29,10 @@ pub struct Fabric {
     pub limits: Limits,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// What outlives the process, if there is a folder for it.
+    pub store: Option<Store>,
+    /// QoS 1 to kept sessions is acknowledged when it is on disk, unless the publisher says otherwise.
+    pub sync_by_default: bool,
     /// Cancelled when the broker stops.
     pub shutdown: CancellationToken,
     /// Tasks that end soon after `shutdown`.
@@ -43,13 +48,23 @@ pub struct Fabric {
 
 impl Fabric {
     /// A fabric without tenants.
-    pub fn new(name: &str, identity: Identity, limits: Limits, policy: Policy) -> Arc<Self> {
+    pub fn new(
+        name: &str,
+        identity: Identity,
+        limits: Limits,
+        policy: Policy,
+        metrics: Arc<Metrics>,
+        store: Option<Store>,
+        sync_by_default: bool,
+    ) -> Arc<Self> {
         Arc::new(Self {
             name: name.into(),
             identity,
             connection_slots: Arc::new(Semaphore::new(limits.connections)),
             limits,
-            metrics: Arc::default(),
+            metrics,
+            store,
+            sync_by_default,
             shutdown: CancellationToken::new(),
             tasks: TaskTracker::new(),
             started: Instant::now(),
@@ -70,6 +85,7 @@ impl Fabric {
                 name,
                 self.limits.clone(),
                 Arc::clone(&self.metrics),
+                self.store.clone(),
             ))
         }))
     }
@@ -95,6 +111,11 @@ impl Fabric {
     /// A number for a new session, never given twice.
     pub fn session_id(&self) -> u64 {
         self.next_session.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Makes sure that no session gets a number up to this one.
+    pub(crate) fn skip_session_ids(&self, last: u64) {
+        self.next_session.fetch_max(last + 1, Ordering::Relaxed);
     }
 
     /// How much of the resume grace after a start is left.

@@ -503,6 +503,14 @@ fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> 
             "minimum confidence {least}: expected 0 to 1"
         )));
     }
+    // Named here when the requester gave no name, so that an escalation keeps it.
+    let header = match header.request_id.as_str() {
+        "" => wire::InferHeader {
+            request_id: format!("{:032x}", rand::random::<u128>()),
+            ..header
+        },
+        _ => header,
+    };
     Ok(Checked {
         model: TopicName::parse(header.model.as_str())
             .map_err(|error| invalid(error.to_string()))?,

@@ -20,12 +20,14 @@ pub mod policy;
 pub mod publisher;
 pub mod queue;
 pub mod quic;
+mod restore;
 pub mod retained;
 pub mod router;
 pub mod server;
 pub mod services;
 pub mod session;
+pub mod store;
 pub mod tenant;
 
-pub use config::{Config, ConfigErrors, Limits, MqttConfig};
+pub use config::{Config, ConfigErrors, Limits, MqttConfig, StoreConfig};
 pub use server::{Addresses, BindError, Server};

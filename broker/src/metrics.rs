@@ -106,6 +106,12 @@ pub struct Metrics {
     pub escalations: Counter,
     /// Inferences refused because no worker within the residency bound exists.
     pub privacy_refusals: Counter,
+    /// Commits of the store, each with one fsync.
+    pub store_commits: Counter,
+    /// Commits of the store that failed.
+    pub store_errors: Counter,
+    /// Records of the store that could not be restored at the start.
+    pub store_left_out: Counter,
     /// Tasks that panicked; each is a bug.
     pub panics: Counter,
 }
@@ -152,6 +158,12 @@ impl Default for Metrics {
             privacy_refusals: register!(
                 "privacy_refusals",
                 "Inferences refused for their residency"
+            ),
+            store_commits: register!("store_commits", "Commits of the store, each with one fsync"),
+            store_errors: register!("store_errors", "Commits of the store that failed"),
+            store_left_out: register!(
+                "store_left_out",
+                "Records of the store that could not be restored"
             ),
             panics: register!("panics", "Tasks that panicked"),
             registry,

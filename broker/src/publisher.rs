@@ -1,7 +1,7 @@
 //! The way in: from a publisher's message to the queues of everyone who wants it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use selvedge_certs::Identity;
@@ -11,11 +11,13 @@ use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 
 use crate::batch::{Batch, Flow};
+use crate::clock;
 use crate::fabric::Fabric;
 use crate::policy::{Decision, IdentityPolicy, Verb};
 use crate::queue::Pushed;
 use crate::router::Route;
 use crate::session::{Session, Subscriber};
+use crate::store::{Store, Synced};
 use crate::tenant::{Tenant, expiry_of, reencode};
 
 /// Payloads from this size on are passed on as they were received instead of copied into a batch.
@@ -44,6 +46,8 @@ pub struct Topic {
     pending: BytesMut,
     pending_count: u32,
     pending_qos: Qos,
+    /// Something of it went to the store since [`Topic::take_stored`].
+    stored: bool,
 }
 
 /// One message on its way in.
@@ -82,6 +86,12 @@ impl Topic {
     pub fn name(&self) -> &TopicName {
         &self.flow.topic
     }
+
+    /// Whether something that was published since the last call went to the store, so that an
+    /// acknowledgement has to wait for it.
+    pub fn take_stored(&mut self) -> bool {
+        std::mem::take(&mut self.stored)
+    }
 }
 
 impl Publisher {
@@ -113,6 +123,7 @@ impl Publisher {
             pending: BytesMut::new(),
             pending_count: 0,
             pending_qos: Qos::AtMostOnce,
+            stored: false,
         }
     }
 
@@ -125,6 +136,16 @@ impl Publisher {
         if let Some(denial) = &topic.denial {
             self.fabric.metrics.deny("publish");
             return Err(denial.clone());
+        }
+        if message.qos != Qos::AtMostOnce
+            && let Some(store) = &self.fabric.store
+            && !store.has_room()
+        {
+            return Err(Status::new(
+                Code::ResourceExhausted,
+                "the store is behind: too much waits to be written to disk",
+            )
+            .retry_after(Duration::from_millis(100)));
         }
         let payload = message.payload.as_slice();
         let simple = message.header.is_none() && !message.retain && payload.len() < LARGE;
@@ -194,18 +215,42 @@ impl Publisher {
         Ok(())
     }
 
-    /// Durability that an acknowledgement may state once the message is in the queues.
+    /// Checks the durability that a publisher demands of an acknowledgement.
     ///
     /// # Errors
-    /// The publisher demands more than the broker has.
-    pub fn durability(&self, demanded: Durability) -> Result<Durability, Status> {
-        match demanded {
-            Durability::Default | Durability::Memory => Ok(Durability::Memory),
-            Durability::Disk | Durability::Replicated => Err(Status::new(
-                Code::FailedPrecondition,
-                "this broker keeps messages in memory only: demand memory or nothing",
-            )),
+    /// It demands more than the broker has.
+    pub fn check_durability(&self, demanded: Durability) -> Result<(), Status> {
+        let has = match demanded {
+            Durability::Default | Durability::Memory => true,
+            Durability::Disk => self.fabric.store.is_some(),
+            Durability::Replicated => false,
+        };
+        if has {
+            return Ok(());
         }
+        Err(Status::new(
+            Code::FailedPrecondition,
+            match &self.fabric.store {
+                Some(_) => "this broker keeps messages on its own disk only: demand disk or less",
+                None => "this broker has no store: demand memory or nothing",
+            },
+        ))
+    }
+
+    /// Durability that is reached without waiting, or `None` when an acknowledgement has to wait
+    /// for [`Self::synced`]. `stored` says whether anything went to the store.
+    pub fn reached(&self, demanded: Durability, stored: bool) -> Option<Durability> {
+        match demanded {
+            // What was put in no kept queue has nothing to be lost, but the demand is an order.
+            Durability::Disk | Durability::Replicated => None,
+            Durability::Default if stored && self.fabric.sync_by_default => None,
+            Durability::Default | Durability::Memory => Some(Durability::Memory),
+        }
+    }
+
+    /// Resolves when everything published so far is on disk; `None` without a store.
+    pub fn synced(&self) -> Option<Synced> {
+        self.fabric.store.as_ref().map(Store::sync)
     }
 
     /// Counts messages acknowledged to the publisher.
@@ -217,7 +262,7 @@ impl Publisher {
     fn publish_alone(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
         // What came before stays before.
         self.flush(topic);
-        let expires = expiry_of(message.header, Instant::now())
+        let expires = expiry_of(message.header, clock::now())
             .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
         let qos = message.qos.min(Qos::AtLeastOnce);
         let payload = message.payload.as_slice();
@@ -257,6 +302,7 @@ impl Publisher {
         };
         if message.retain {
             self.retain(&batch, payload.is_empty())?;
+            topic.stored |= self.fabric.store.is_some();
         }
         self.dispatch(topic, batch);
         Ok(())
@@ -266,6 +312,7 @@ impl Publisher {
         if clear {
             if self.tenant.retained.clear(&batch.flow.topic) {
                 self.fabric.metrics.retained.dec();
+                self.tenant.store_retained(&batch.flow.topic, None);
             }
             return Ok(());
         }
@@ -282,9 +329,11 @@ impl Publisher {
                 batch.qos,
             )
         };
-        match self.tenant.retained.set(Arc::new(kept)) {
+        let kept = Arc::new(kept);
+        match self.tenant.retained.set(Arc::clone(&kept)) {
             Ok(grown) => {
                 self.fabric.metrics.retained.inc_by(grown);
+                self.tenant.store_retained(&batch.flow.topic, Some(&kept));
                 Ok(())
             }
             Err(full) => Err(Status::new(Code::ResourceExhausted, full.to_string())),
@@ -311,13 +360,14 @@ impl Publisher {
                 Arc::clone(downgraded.get_or_insert_with(|| Arc::new(reencode(&batch, max))))
             }
         };
+        let mut stored = false;
         for target in &topic.route.targets {
-            self.push(&target.subscriber, &for_qos(target.max_qos));
+            stored |= self.push(&target.subscriber, &for_qos(target.max_qos));
         }
         for group in &topic.route.groups {
             if batch.count == 1 {
                 if let Some(member) = group.choose(&topic.flow.topic, self.session) {
-                    self.push(&member, &for_qos(member.max_qos));
+                    stored |= self.push(&member, &for_qos(member.max_qos));
                 }
                 continue;
             }
@@ -343,18 +393,22 @@ impl Publisher {
                     payload: Bytes::new(),
                     ..*batch
                 };
-                self.push(&member, &Arc::new(single));
+                stored |= self.push(&member, &Arc::new(single));
             }
         }
+        topic.stored |= stored;
     }
 
+    /// Puts a batch into a receiver's queue; whether it also goes to the store.
     #[inline]
-    fn push(&self, subscriber: &Subscriber, batch: &Arc<Batch>) {
+    fn push(&self, subscriber: &Subscriber, batch: &Arc<Batch>) -> bool {
         let metrics = &self.fabric.metrics;
         match subscriber.queues[batch.class.index()].push(batch) {
-            Pushed::Queued { dropped: 0 } => {}
-            Pushed::Queued { dropped } => {
-                metrics.dropped_overflow.inc_by(dropped.into());
+            Pushed::Queued { dropped, stored } => {
+                if dropped > 0 {
+                    metrics.dropped_overflow.inc_by(dropped.into());
+                }
+                return stored;
             }
             Pushed::Full => {
                 metrics.dropped_overflow.inc_by(batch.count.into());
@@ -375,5 +429,6 @@ impl Publisher {
                 metrics.dropped_session_ended.inc_by(batch.count.into());
             }
         }
+        false
     }
 }

@@ -9,6 +9,7 @@ use selvedge_proto::message::{Class, Qos};
 use tokio::sync::Notify;
 
 use crate::batch::Batch;
+use crate::store::{Change, QueueKey, Store};
 
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,26 @@ pub enum Overflow {
     Disconnect,
 }
 
+impl Overflow {
+    /// The word for it in records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::DropOldest => "drop_oldest",
+            Self::DropNewest => "drop_newest",
+            Self::Disconnect => "disconnect",
+        }
+    }
+
+    /// The policy of a word; an unknown one is the default.
+    pub fn from_word(word: &str) -> Self {
+        [Self::DropOldest, Self::DropNewest, Self::Disconnect]
+            .into_iter()
+            .find(|overflow| overflow.as_str() == word)
+            .unwrap_or_default()
+    }
+}
+
 /// What became of a batch that was pushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
@@ -34,6 +55,8 @@ pub enum Pushed {
     Queued {
         /// Older messages dropped.
         dropped: u32,
+        /// It is also on its way to the store: an acknowledgement may have to wait for that.
+        stored: bool,
     },
     /// The queue is full and the new messages were given up.
     Full,
@@ -52,6 +75,8 @@ pub struct Entry {
     pub batch: Arc<Batch>,
     /// They may have been delivered before.
     pub duplicate: bool,
+    /// Place in the store, if it is kept there.
+    pub stored: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +96,10 @@ struct Inner {
     closed: bool,
     /// The receiver has been woken and has not found the queue empty since.
     scheduled: bool,
+    /// The session outlives its connections, so QoS 1 goes to the store.
+    durable: bool,
+    /// Place in the store of the next entry.
+    sequence: u64,
     /// Largest message the receiver accepts, in bytes; zero for no bound.
     largest: usize,
     /// A lane writer waits on `wake`; without one the session's activations are used.
@@ -125,6 +154,36 @@ impl Outbox {
     }
 }
 
+/// Where a queue's entries are kept.
+#[derive(Debug, Clone)]
+pub struct QueueStore {
+    /// The broker's store.
+    pub store: Store,
+    /// Id of the session.
+    pub session: u64,
+}
+
+/// What a queue is made of.
+#[derive(Debug)]
+pub struct QueueOptions {
+    /// Class of its lane.
+    pub class: Class,
+    /// The subscription that owns it, or zero for the session's shared queues.
+    pub subscription: u32,
+    /// Most bytes in it.
+    pub limit: usize,
+    /// What it does when full.
+    pub overflow: Overflow,
+    /// Bell of the session.
+    pub outbox: Arc<Outbox>,
+    /// Where its entries are kept, if anywhere.
+    pub store: Option<QueueStore>,
+    /// Number of the connection that the session has, if it has one.
+    pub online: Option<u64>,
+    /// The session outlives its connections.
+    pub durable: bool,
+}
+
 /// A bounded queue of batches for one receiver, one class and one lane group.
 #[derive(Debug)]
 pub struct DeliveryQueue {
@@ -135,33 +194,38 @@ pub struct DeliveryQueue {
     limit: usize,
     overflow: Overflow,
     outbox: Arc<Outbox>,
+    store: Option<QueueStore>,
     wake: Notify,
     this: Weak<Self>,
     inner: Mutex<Inner>,
 }
 
 impl DeliveryQueue {
-    /// An empty queue of at most `limit` bytes; `online` is the number of the connection that the
-    /// session has, if it has one.
-    pub fn new(
-        class: Class,
-        subscription: u32,
-        limit: usize,
-        overflow: Overflow,
-        outbox: Arc<Outbox>,
-        online: Option<u64>,
-    ) -> Arc<Self> {
+    /// An empty queue.
+    pub fn new(options: QueueOptions) -> Arc<Self> {
+        let QueueOptions {
+            class,
+            subscription,
+            limit,
+            overflow,
+            outbox,
+            store,
+            online,
+            durable,
+        } = options;
         Arc::new_cyclic(|this| Self {
             class,
             subscription,
             limit,
             overflow,
             outbox,
+            store,
             wake: Notify::new(),
             this: this.clone(),
             inner: Mutex::new(Inner {
                 online: online.is_some(),
                 epoch: online.unwrap_or_default(),
+                durable,
                 ..Inner::default()
             }),
         })
@@ -204,12 +268,61 @@ impl DeliveryQueue {
             }
         }
         inner.bytes += cost;
+        let stored = match &self.store {
+            Some(to) if inner.durable && batch.qos != Qos::AtMostOnce => {
+                inner.sequence += 1;
+                to.store.put(Change::Enqueue(
+                    self.key(to, inner.sequence),
+                    Arc::clone(batch),
+                ));
+                Some(inner.sequence)
+            }
+            _ => None,
+        };
         inner.entries.push_back(Entry {
             batch: Arc::clone(batch),
             duplicate: false,
+            stored,
         });
         self.schedule(inner);
-        Pushed::Queued { dropped }
+        Pushed::Queued {
+            dropped,
+            stored: stored.is_some(),
+        }
+    }
+
+    /// Puts back an entry that was read from the store.
+    pub fn restore(&self, batch: Arc<Batch>, sequence: u64) {
+        let mut inner = self.inner.lock();
+        inner.bytes += batch.cost();
+        inner.sequence = inner.sequence.max(sequence);
+        inner.entries.push_back(Entry {
+            batch,
+            // It may have been sent before the broker stopped.
+            duplicate: true,
+            stored: Some(sequence),
+        });
+    }
+
+    /// Begins or ends keeping QoS 1 in the store, for what comes from now on.
+    pub fn set_durable(&self, durable: bool) {
+        self.inner.lock().durable = durable;
+    }
+
+    /// Takes an entry out of the store.
+    fn unstore(&self, entry: &Entry) {
+        if let (Some(to), Some(sequence)) = (&self.store, entry.stored) {
+            to.store.put(Change::Dequeue(self.key(to, sequence)));
+        }
+    }
+
+    fn key(&self, to: &QueueStore, sequence: u64) -> QueueKey {
+        QueueKey {
+            session: to.session,
+            subscription: self.subscription,
+            class: self.class,
+            sequence,
+        }
     }
 
     /// Takes entries up to about `budget` bytes. An empty answer means that the next push wakes.
@@ -234,6 +347,7 @@ impl DeliveryQueue {
             if entry.batch.expires.is_some_and(|expires| expires <= now) {
                 inner.bytes -= cost;
                 taken.expired += entry.batch.count;
+                self.unstore(&entry);
                 continue;
             }
             // Small messages are packed together; only one that is alone can be too large.
@@ -241,6 +355,7 @@ impl DeliveryQueue {
             if inner.largest > 0 && entry.batch.count == 1 && size > inner.largest {
                 inner.bytes -= cost;
                 taken.too_large += 1;
+                self.unstore(&entry);
                 continue;
             }
             bytes += cost;
@@ -274,14 +389,12 @@ impl DeliveryQueue {
             return 0;
         }
         let mut done = 0;
-        while let Some((number, entry)) = inner.inflight.front()
-            && *number <= last
-        {
+        while let Some((_, entry)) = inner.inflight.pop_front_if(|(number, _)| *number <= last) {
             let cost = entry.batch.cost();
             done += u64::from(entry.batch.count);
             inner.bytes -= cost;
             inner.inflight_bytes -= cost;
-            inner.inflight.pop_front();
+            self.unstore(&entry);
         }
         drop(inner);
         self.wake.notify_one();

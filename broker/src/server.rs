@@ -15,8 +15,11 @@ use crate::admin;
 use crate::clock;
 use crate::config::Config;
 use crate::fabric::Fabric;
+use crate::metrics::Metrics;
 use crate::mqtt;
 use crate::quic;
+use crate::restore;
+use crate::store::{Loaded, Store, StoreError};
 
 /// Time that connections have to end in good order when the broker stops.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -70,6 +73,9 @@ pub enum BindError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The certificate cannot be used for a listener.
     #[error(transparent)]
     Tls(#[from] selvedge_certs::TlsError),
@@ -151,12 +157,30 @@ impl Server {
                 .and_then(|listener| listener.local_addr().ok()),
         };
 
+        let metrics = Arc::new(Metrics::default());
+        let sync = config.store.as_ref().is_some_and(|store| store.sync);
+        let (store, loaded) = match config.store {
+            None => (None, Loaded::default()),
+            Some(store) => {
+                let metrics = Arc::clone(&metrics);
+                let open = move || Store::open(&store.folder, metrics);
+                let (store, loaded) = tokio::task::spawn_blocking(open)
+                    .await
+                    .unwrap_or_else(|_| Err(StoreError("opening it panicked".into())))?;
+                (Some(store), loaded)
+            }
+        };
         let fabric = Fabric::new(
             &config.name,
             config.credentials.identity().clone(),
             config.limits,
             config.policy,
+            metrics,
+            store,
+            sync,
         );
+        // Kept sessions are routable before any client, publisher or subscriber, is let in.
+        restore::restore(&fabric, loaded);
         let mut listeners = Vec::new();
         if let Some(endpoint) = &endpoint {
             listeners.push(tokio::spawn(quic::accept(
@@ -211,8 +235,9 @@ impl Server {
         if self.listeners.is_empty() {
             return;
         }
-        let (_, _, rest) = futures_util::future::select_all(self.listeners.drain(..)).await;
-        self.listeners = rest;
+        // By reference, so that a wait that is given up leaves the handles for the shutdown.
+        let (_, ended, _) = futures_util::future::select_all(self.listeners.iter_mut()).await;
+        self.listeners.swap_remove(ended);
     }
 
     /// Stops the broker in good order.
@@ -232,6 +257,12 @@ impl Server {
         for listener in std::mem::take(&mut self.listeners) {
             listener.abort();
             let _ = listener.await;
+        }
+        // 5. What was taken is on disk before the process may end.
+        if let Some(store) = &self.fabric.store
+            && let Err(error) = store.close().await
+        {
+            tracing::error!(%error, "the last commit failed");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -12,7 +12,8 @@ use selvedge_proto::status::Status;
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 use tokio_util::sync::CancellationToken;
 
-use crate::queue::{DeliveryQueue, Outbox, Overflow};
+use crate::queue::{DeliveryQueue, Outbox, Overflow, QueueOptions, QueueStore};
+use crate::store::{Change, Store, StoredSession, StoredSubscription, unix_ms};
 
 /// Which session: identity and name, never the name alone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -44,6 +45,8 @@ pub struct Subscriber {
     pub residual: Arc<[TopicFilter]>,
     /// Whether its lanes are its own.
     pub own_lane: bool,
+    /// What its queues do when full, if they are its own.
+    pub overflow: Overflow,
     /// Where its messages go, by class.
     pub queues: [Arc<DeliveryQueue>; 3],
     /// The session, to end its connection when its policy says so.
@@ -103,6 +106,8 @@ struct State {
     detached_at: Option<Instant>,
     will: Option<Will>,
     next_id: u32,
+    /// It outlives its connections and so is kept in the store.
+    durable: bool,
 }
 
 /// What belongs to an identity (and session name): subscriptions and queues.
@@ -117,20 +122,33 @@ pub struct Session {
     /// Queues of the shared lanes, by class.
     pub shared: [Arc<DeliveryQueue>; 3],
     queue_limit: usize,
+    store: Option<Store>,
     state: Mutex<State>,
 }
 
 impl Session {
     /// A new session with empty queues of at most `queue_limit` bytes each.
-    pub fn new(id: u64, key: SessionKey, queue_limit: usize) -> Arc<Self> {
+    pub fn new(id: u64, key: SessionKey, queue_limit: usize, store: Option<Store>) -> Arc<Self> {
         let outbox = Arc::new(Outbox::default());
-        let shared = queues(0, queue_limit, Overflow::Default, &outbox, None);
+        let shared = Class::ALL.map(|class| {
+            DeliveryQueue::new(QueueOptions {
+                class,
+                subscription: 0,
+                limit: queue_limit,
+                overflow: Overflow::Default,
+                outbox: Arc::clone(&outbox),
+                store: queue_store(store.as_ref(), id),
+                online: None,
+                durable: false,
+            })
+        });
         Arc::new(Self {
             id,
             key,
             outbox,
             shared,
             queue_limit,
+            store,
             state: Mutex::new(State {
                 subscriptions: HashMap::new(),
                 attached: None,
@@ -139,8 +157,30 @@ impl Session {
                 detached_at: None,
                 will: None,
                 next_id: 1,
+                durable: false,
             }),
         })
+    }
+
+    /// A session as it was kept, without its subscriptions: it waits for its client from
+    /// `detached_at` on, or from `now` if it was connected when it was last written.
+    pub fn restore(
+        stored: &StoredSession,
+        key: SessionKey,
+        queue_limit: usize,
+        store: Store,
+        detached_at: Instant,
+    ) -> Arc<Self> {
+        let session = Self::new(stored.id, key, queue_limit, Some(store));
+        let mut state = session.state.lock();
+        state.expiry = Duration::from_millis(stored.expiry_ms);
+        state.detached_at = Some(detached_at);
+        state.durable = true;
+        drop(state);
+        for queue in &session.shared {
+            queue.set_durable(true);
+        }
+        session
     }
 
     /// Connects a connection to the session: its number for [`Self::detach`], and the connection
@@ -159,10 +199,39 @@ impl Session {
         for queue in queues {
             // A connection that is taken over leaves its unacknowledged messages to the next.
             queue.offline();
+            queue.set_durable(self.store.is_some() && !expiry.is_zero());
             queue.online(epoch);
         }
+        self.record(&mut state, None);
         drop(state);
         (epoch, previous)
+    }
+
+    /// Writes the session to the store, or takes it out when it is not to be kept any more.
+    fn record(&self, state: &mut State, detached: Option<SystemTime>) {
+        let Some(store) = &self.store else {
+            return;
+        };
+        let was_durable = state.durable;
+        state.durable = !state.expiry.is_zero();
+        if !state.durable {
+            if was_durable {
+                store.put(Change::RemoveSession(self.id));
+            }
+            return;
+        }
+        store.put(Change::PutSession(StoredSession {
+            id: self.id,
+            identity: self.key.identity.uri().to_owned(),
+            name: self.key.name.to_string(),
+            expiry_ms: u64::try_from(state.expiry.as_millis()).unwrap_or(u64::MAX),
+            detached_ms: detached.map(unix_ms),
+        }));
+        if !was_durable {
+            for subscriber in state.subscriptions.values() {
+                store.put(Change::PutSubscription(self.id, subscriber.record()));
+            }
+        }
     }
 
     /// Takes the connection off, unless another one has the session by now. The answer says what
@@ -191,6 +260,7 @@ impl Session {
             will
         };
         let expiry = state.expiry;
+        self.record(&mut state, Some(SystemTime::now()));
         let queues = all_queues(&self.shared, &state);
         drop(state);
         let dropped = queues.iter().map(|queue| queue.offline()).sum();
@@ -243,7 +313,18 @@ impl Session {
         if own_lane {
             let state = self.state.lock();
             let online = state.attached.as_ref().map(|(epoch, _)| *epoch);
-            queues(id, self.queue_limit, overflow, &self.outbox, online)
+            Class::ALL.map(|class| {
+                DeliveryQueue::new(QueueOptions {
+                    class,
+                    subscription: id,
+                    limit: self.queue_limit,
+                    overflow,
+                    outbox: Arc::clone(&self.outbox),
+                    store: queue_store(self.store.as_ref(), self.id),
+                    online,
+                    durable: state.durable,
+                })
+            })
         } else {
             self.shared.clone()
         }
@@ -253,12 +334,24 @@ impl Session {
     pub fn insert(&self, subscriber: Arc<Subscriber>) -> Option<Arc<Subscriber>> {
         let mut state = self.state.lock();
         state.next_id = state.next_id.max(subscriber.id.saturating_add(1));
+        if let Some(store) = self.store.as_ref().filter(|_| state.durable) {
+            store.put(Change::PutSubscription(self.id, subscriber.record()));
+        }
         state.subscriptions.insert(subscriber.id, subscriber)
     }
 
     /// Takes a subscription out.
     pub fn remove(&self, id: u32) -> Option<Arc<Subscriber>> {
-        let removed = self.state.lock().subscriptions.remove(&id);
+        let mut state = self.state.lock();
+        let removed = state.subscriptions.remove(&id);
+        if let Some(store) = self
+            .store
+            .as_ref()
+            .filter(|_| state.durable && removed.is_some())
+        {
+            store.put(Change::RemoveSubscription(self.id, id));
+        }
+        drop(state);
         if let Some(subscriber) = &removed
             && subscriber.own_lane
         {
@@ -299,9 +392,22 @@ impl Session {
         self.state.lock().subscriptions.len()
     }
 
+    /// The queue of this class that a subscription owns, or a shared one for zero.
+    pub fn queue(&self, subscription: u32, class: Class) -> Option<Arc<DeliveryQueue>> {
+        if subscription == 0 {
+            return Some(Arc::clone(&self.shared[class.index()]));
+        }
+        let owner = self.subscription(subscription)?;
+        Some(Arc::clone(&owner.queues[class.index()]))
+    }
+
     /// Closes every queue; returns how many messages are lost with them.
     pub fn close(&self) -> u64 {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        if let Some(store) = self.store.as_ref().filter(|_| state.durable) {
+            store.put(Change::RemoveSession(self.id));
+            state.durable = false;
+        }
         let queues = all_queues(&self.shared, &state);
         drop(state);
         queues.iter().map(|queue| queue.close()).sum()
@@ -336,15 +442,27 @@ pub enum Detached {
     },
 }
 
-fn queues(
-    id: u32,
-    limit: usize,
-    overflow: Overflow,
-    outbox: &Arc<Outbox>,
-    online: Option<u64>,
-) -> [Arc<DeliveryQueue>; 3] {
-    Class::ALL
-        .map(|class| DeliveryQueue::new(class, id, limit, overflow, Arc::clone(outbox), online))
+fn queue_store(store: Option<&Store>, session: u64) -> Option<QueueStore> {
+    store.map(|store| QueueStore {
+        store: store.clone(),
+        session,
+    })
+}
+
+impl Subscriber {
+    /// What the store keeps of it.
+    fn record(&self) -> StoredSubscription {
+        StoredSubscription {
+            id: self.id,
+            target: self.target.to_string(),
+            max_qos: self.max_qos as u8,
+            no_local: self.no_local,
+            retain_as_published: self.retain_as_published,
+            identifier: self.identifier,
+            own_lane: self.own_lane,
+            overflow: self.overflow.as_str().to_owned(),
+        }
+    }
 }
 
 fn all_queues(shared: &[Arc<DeliveryQueue>; 3], state: &State) -> Vec<Arc<DeliveryQueue>> {

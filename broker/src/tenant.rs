@@ -14,6 +14,7 @@ use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicName};
 
 use crate::batch::{Batch, Flow};
+use crate::clock;
 use crate::config::Limits;
 use crate::fabric::Fabric;
 use crate::metrics::Metrics;
@@ -25,6 +26,7 @@ use crate::retained::Retained;
 use crate::router::Router;
 use crate::services::Services;
 use crate::session::{ConnectionEnd, Detached, Kick, Session, SessionKey, Subscriber, Will};
+use crate::store::{Change, Store};
 
 /// Everything that one tenant has on this broker. No name in it reaches another tenant.
 #[derive(Debug)]
@@ -41,6 +43,7 @@ pub struct Tenant {
     pub models: Models,
     limits: Limits,
     metrics: Arc<Metrics>,
+    store: Option<Store>,
     sessions: DashMap<SessionKey, Arc<Session>>,
     next_flow: AtomicU64,
 }
@@ -107,7 +110,12 @@ pub enum RetainDelivery {
 }
 
 impl Tenant {
-    pub(crate) fn new(name: Arc<str>, limits: Limits, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(
+        name: Arc<str>,
+        limits: Limits,
+        metrics: Arc<Metrics>,
+        store: Option<Store>,
+    ) -> Self {
         Self {
             name,
             router: Router::default(),
@@ -116,6 +124,7 @@ impl Tenant {
             models: Models::default(),
             limits,
             metrics,
+            store,
             sessions: DashMap::new(),
             next_flow: AtomicU64::new(1),
         }
@@ -125,7 +134,7 @@ impl Tenant {
     /// connection that holds it is told to go.
     pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Attachment {
         let kick = Kick::default();
-        let now = Instant::now();
+        let now = clock::now();
         if connect.clean_start {
             self.end_session(&connect.key, "a new connection asked for a clean start");
         }
@@ -139,6 +148,7 @@ impl Tenant {
                         fabric.session_id(),
                         connect.key.clone(),
                         self.limits.queue_bytes,
+                        self.store.clone(),
                     )
                 },
             ));
@@ -185,7 +195,7 @@ impl Tenant {
             expiry,
             will,
             dropped,
-        } = session.detach(attachment.epoch, end, Instant::now())
+        } = session.detach(attachment.epoch, end, clock::now())
         else {
             return;
         };
@@ -273,6 +283,7 @@ impl Tenant {
             identifier: request.identifier,
             residual,
             own_lane,
+            overflow: request.overflow,
             queues: match reuse {
                 Some(previous) => previous.queues.clone(),
                 None => session.queues_for(request.id, own_lane, request.overflow),
@@ -313,6 +324,43 @@ impl Tenant {
         self.router.remove(&subscriber);
         self.metrics.subscriptions.dec();
         true
+    }
+
+    /// Takes in a session that was kept, with its subscriptions in place.
+    pub(crate) fn restore_session(&self, session: &Arc<Session>) {
+        self.metrics.sessions.inc();
+        self.sessions
+            .insert(session.key.clone(), Arc::clone(session));
+    }
+
+    /// Puts a kept subscription in place, as policy allows it now.
+    ///
+    /// # Errors
+    /// Policy denies it by now.
+    pub(crate) fn restore_subscription(
+        &self,
+        session: &Arc<Session>,
+        policy: &IdentityPolicy,
+        request: SubscribeRequest,
+    ) -> Result<(), Status> {
+        self.subscribe(
+            session,
+            policy,
+            SubscribeRequest {
+                retain: RetainDelivery::Never,
+                ..request
+            },
+        )
+    }
+
+    /// Keeps or forgets a topic's retained message in the store, too.
+    pub(crate) fn store_retained(&self, topic: &TopicName, message: Option<&Arc<Batch>>) {
+        if let Some(store) = &self.store {
+            store.put(match message {
+                Some(message) => Change::PutRetained(Arc::clone(&self.name), Arc::clone(message)),
+                None => Change::RemoveRetained(Arc::clone(&self.name), topic.as_str().into()),
+            });
+        }
     }
 
     /// The sessions kept now.

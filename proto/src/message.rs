@@ -35,7 +35,7 @@ impl TryFrom<u8> for Qos {
 }
 
 /// Delivery class: classes never delay a more urgent one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum Class {
     /// Ahead of everything else.
     Alarm,

@@ -350,7 +350,7 @@ impl Actor {
             tokio::select! {
                 biased;
                 status = &mut ended => return End::Kicked(status),
-                read = read_half.read_buf(buffer), if output.remaining() < STOP_READING => {
+                read = read_half.read_buf(buffer), if output.remaining() < STOP_READING && self.publishing.may_take() => {
                     let count = match read {
                         Ok(0) | Err(_) => return End::Closed,
                         Ok(count) => count,
@@ -363,6 +363,16 @@ impl Actor {
                     }
                     if let Err(end) = self.process(reader, buffer, output) {
                         return end;
+                    }
+                }
+                Some((synced, answers)) = self.publishing.synced(), if self.publishing.is_waiting() => {
+                    match synced {
+                        Ok(()) => output.append(answers),
+                        // The answers claim what is not so. The client sends the messages again.
+                        Err(error) => {
+                            let status = Status::new(Code::ResourceExhausted, error.to_string());
+                            return End::Kicked(status);
+                        }
                     }
                 }
                 written = write_some(write_half, output, &mut unflushed), if writable => {
@@ -399,7 +409,7 @@ impl Actor {
                 Err(error) => Err(End::Protocol(error)),
             };
         }
-        self.publishing.flush();
+        self.publishing.flush(output);
         self.delivery.settle();
         result
     }
@@ -408,7 +418,7 @@ impl Actor {
         match packet {
             Packet::Publish(publish) => self
                 .publishing
-                .publish(*publish, self.manners, output, &self.fabric.metrics)
+                .publish(*publish, self.manners, &self.fabric.metrics)
                 .map_err(End::Protocol)?,
             Packet::PubAck(id) => self.delivery.acknowledge(id),
             Packet::PubRel(id) => self.publishing.release(id, self.manners, output),

@@ -61,6 +61,20 @@ pub(crate) struct ConnAck<'a> {
 pub(crate) struct TooLarge;
 
 impl Output {
+    /// Adds what another output holds.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        if self.len == 0 {
+            *self = other;
+            return;
+        }
+        if !self.tail.is_empty() {
+            self.parts.push_back(self.tail.split().freeze());
+        }
+        self.parts.append(&mut other.parts);
+        self.tail = other.tail;
+        self.len += other.len;
+    }
+
     /// Accepts a connection.
     pub(crate) fn connack(&mut self, version: Version, ack: &ConnAck<'_>) {
         let mut body = BytesMut::new();

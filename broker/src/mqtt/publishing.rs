@@ -2,7 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 
-use selvedge_proto::message::{Class, Properties, Qos};
+use bytes::Buf as _;
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
+use selvedge_proto::message::{Class, Durability, Properties, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 
@@ -12,6 +16,7 @@ use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Versi
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
 use crate::publisher::{Incoming, Payload, Publisher, Topic};
+use crate::store::StoreError;
 
 /// Topics kept open. Beyond it all are closed, and those still in use open again: a client that
 /// goes through more topics than this pays for each once in a while.
@@ -37,7 +42,20 @@ pub(crate) struct Publishing {
     aliases: HashMap<u16, TopicName>,
     /// QoS 2 packet ids between PUBLISH and PUBREL: their message has been taken.
     unreleased: HashSet<u16>,
+    /// Something went to the store since the last flush.
+    stored: bool,
+    /// Answers to messages taken since the last flush.
+    answers: Output,
+    /// Answers that wait for the disk, or behind one that does: they go in the order of their
+    /// messages (MQTT 5.0 section 4.6).
+    waiting: FuturesOrdered<BoxFuture<'static, Answered>>,
 }
+
+/// Whether the messages are kept, and the answers that say so.
+type Answered = (Result<(), StoreError>, Output);
+
+/// Commits that answers may wait for at once; nothing more is read while there are more.
+const MAX_WAITING: usize = 64;
 
 /// How refusals are worded to this client.
 #[derive(Debug, Clone, Copy)]
@@ -58,22 +76,24 @@ impl Publishing {
             dirty: Vec::new(),
             aliases: HashMap::new(),
             unreleased: HashSet::new(),
+            stored: false,
+            answers: Output::default(),
+            waiting: FuturesOrdered::new(),
         }
     }
 
-    /// Takes one message and answers it. The answer must not be written before [`Self::flush`].
+    /// Takes one message and notes its answer, which [`Self::flush`] gives out.
     pub(crate) fn publish(
         &mut self,
         mut publish: Publish,
         manners: Manners,
-        output: &mut Output,
         metrics: &Metrics,
     ) -> Result<(), ProtocolError> {
         let qos = packet::qos(publish.qos);
         let id = publish.packet_id.map_or(0, std::num::NonZero::get);
         if qos == Qos::ExactlyOnce {
             if self.unreleased.contains(&id) {
-                output.pubrec(id);
+                self.answers.pubrec(id);
                 return Ok(());
             }
             if self.unreleased.len() >= RECEIVE_MAXIMUM.into() {
@@ -107,7 +127,7 @@ impl Publishing {
             // A denial has been counted where it was decided.
             metrics.drop_messages("refused", 1);
         }
-        self.answer(qos, id, result, manners, output);
+        self.answer(qos, id, result, manners);
         Ok(())
     }
 
@@ -121,21 +141,53 @@ impl Publishing {
         }
     }
 
-    /// Hands everything taken to the receivers.
-    pub(crate) fn flush(&mut self) {
-        for position in self.dirty.drain(..) {
-            self.publisher.flush(&mut self.topics[position]);
+    /// Hands everything taken to the receivers. The answers go to `output` unless they have to wait
+    /// for the disk.
+    pub(crate) fn flush(&mut self, output: &mut Output) {
+        self.flush_topics();
+        let stored = std::mem::take(&mut self.stored);
+        if !self.answers.has_remaining() {
+            return;
+        }
+        let answers = std::mem::take(&mut self.answers);
+        let reached = self.publisher.reached(Durability::Default, stored);
+        match self.publisher.synced().filter(|_| reached.is_none()) {
+            Some(synced) => self.waiting.push_back(Box::pin(async move {
+                let closed = || Err(StoreError("it was closed".into()));
+                (synced.await.unwrap_or_else(|_| closed()), answers)
+            })),
+            None if self.waiting.is_empty() => output.append(answers),
+            None => self
+                .waiting
+                .push_back(Box::pin(std::future::ready((Ok(()), answers)))),
         }
     }
 
-    fn answer(
-        &mut self,
-        qos: Qos,
-        id: u16,
-        result: Result<(), Status>,
-        manners: Manners,
-        output: &mut Output,
-    ) {
+    /// Whether answers wait for the disk.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Whether more may be read from the client.
+    pub(crate) fn may_take(&self) -> bool {
+        self.waiting.len() < MAX_WAITING
+    }
+
+    /// The next answers that waited for the disk. May be cancelled without loss.
+    pub(crate) async fn synced(&mut self) -> Option<Answered> {
+        self.waiting.next().await
+    }
+
+    fn flush_topics(&mut self) {
+        for position in self.dirty.drain(..) {
+            let topic = &mut self.topics[position];
+            self.publisher.flush(topic);
+            self.stored |= topic.take_stored();
+        }
+    }
+
+    fn answer(&mut self, qos: Qos, id: u16, result: Result<(), Status>, manners: Manners) {
+        let output = &mut self.answers;
         match (qos, result) {
             (Qos::AtMostOnce, _) => {}
             (_, Err(status)) if self.version == Version::V5 => {
@@ -215,7 +267,7 @@ impl Publishing {
 
     fn open(&mut self, name: TopicName, class: Class) -> usize {
         if self.topics.len() >= MAX_TOPICS {
-            self.flush();
+            self.flush_topics();
             self.topics.clear();
             self.index = Default::default();
         }

@@ -68,7 +68,15 @@ impl Drop for Broker {
 impl Broker {
     async fn with(mode: Mode, limits: Limits) -> Self {
         let policy = Policy::parse(POLICY).unwrap();
-        let fabric = Fabric::new("test", identity("broker"), limits, policy);
+        let fabric = Fabric::new(
+            "test",
+            identity("broker"),
+            limits,
+            policy,
+            Arc::default(),
+            None,
+            true,
+        );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(listen(Arc::clone(&fabric), listener, mode));

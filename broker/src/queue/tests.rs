@@ -32,7 +32,16 @@ fn batch(qos: Qos, payload: &[u8]) -> Arc<Batch> {
 }
 
 fn queue(limit: usize, overflow: Overflow) -> Arc<DeliveryQueue> {
-    DeliveryQueue::new(Class::Normal, 0, limit, overflow, Arc::default(), Some(0))
+    DeliveryQueue::new(QueueOptions {
+        class: Class::Normal,
+        subscription: 0,
+        limit,
+        overflow,
+        outbox: Arc::default(),
+        store: None,
+        online: Some(0),
+        durable: false,
+    })
 }
 
 fn payloads(taken: &Taken) -> Vec<Vec<u8>> {
@@ -55,12 +64,18 @@ fn qos_0_gives_up_the_oldest_and_says_how_many() {
     for payload in [b"1", b"2"] {
         assert_eq!(
             queue.push(&batch(Qos::AtMostOnce, payload)),
-            Pushed::Queued { dropped: 0 }
+            Pushed::Queued {
+                dropped: 0,
+                stored: false
+            }
         );
     }
     assert_eq!(
         queue.push(&batch(Qos::AtMostOnce, b"3")),
-        Pushed::Queued { dropped: 1 }
+        Pushed::Queued {
+            dropped: 1,
+            stored: false
+        }
     );
     assert_eq!(
         payloads(&queue.take(0, usize::MAX, Instant::now())),
@@ -142,14 +157,16 @@ fn expired_messages_are_left_out_and_counted() {
 #[tokio::test]
 async fn a_burst_is_one_wake_up() {
     let outbox = Arc::new(Outbox::default());
-    let queue = DeliveryQueue::new(
-        Class::Alarm,
-        0,
-        usize::MAX,
-        Overflow::Default,
-        Arc::clone(&outbox),
-        Some(0),
-    );
+    let queue = DeliveryQueue::new(QueueOptions {
+        class: Class::Alarm,
+        subscription: 0,
+        limit: usize::MAX,
+        overflow: Overflow::Default,
+        outbox: Arc::clone(&outbox),
+        store: None,
+        online: Some(0),
+        durable: false,
+    });
     for _ in 0..100 {
         queue.push(&batch(Qos::AtMostOnce, b"x"));
     }

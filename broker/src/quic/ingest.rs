@@ -1,16 +1,20 @@
 //! Publish lanes: reads messages as they come, a read at a time, and acknowledges them.
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use quinn::{ReadError, RecvStream};
 use selvedge_proto::frame::{self, FrameError, Kind};
 use selvedge_proto::lane::MessageRef;
 use selvedge_proto::message::{Class, Durability, Qos};
-use selvedge_proto::status::Status;
+use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 use tokio::sync::mpsc;
 
 use crate::publisher::{Incoming, LARGE, Payload, Publisher, Topic};
+use crate::store::StoreError;
 
 /// Chunks taken from the stream at once; a chunk is about a packet.
 const CHUNKS: usize = 64;
@@ -29,13 +33,24 @@ pub(super) struct Ingest {
     /// QoS 1 messages received on this lane.
     number: u64,
     answers: Answers,
+    /// Acknowledgements that wait for the disk.
+    waiting: FuturesUnordered<BoxFuture<'static, Answered>>,
 }
+
+/// Whether messages are on disk, and which.
+type Answered = (Result<(), Status>, Vec<(u64, u64)>);
+
+/// Commits that a lane's acknowledgements may wait for at once; the lane is not read further while
+/// there are more, which holds its publisher back.
+const WAITING: usize = 64;
 
 /// What to tell the publisher about the messages of one read.
 #[derive(Default)]
 struct Answers {
-    /// Ranges kept, with the durability.
-    acknowledged: Vec<(u64, u64, Durability)>,
+    /// Ranges taken, with the durability demanded.
+    taken: Vec<(u64, u64, Durability)>,
+    /// Something went to the store.
+    stored: bool,
     refused: Vec<wire::PublishRefused>,
     marks: Vec<u64>,
 }
@@ -71,6 +86,7 @@ impl Ingest {
             dirty: Vec::new(),
             number: 0,
             answers: Answers::default(),
+            waiting: FuturesUnordered::new(),
         }
     }
 
@@ -78,7 +94,18 @@ impl Ingest {
     pub(super) async fn run(mut self, mut stream: RecvStream) -> Result<(), IngestError> {
         let mut chunks: [Bytes; CHUNKS] = [const { Bytes::new() }; CHUNKS];
         let mut buffer = BytesMut::new();
-        while let Some(count) = stream.read_chunks(&mut chunks).await? {
+        loop {
+            let count = tokio::select! {
+                biased;
+                Some((synced, ranges)) = self.waiting.next(), if !self.waiting.is_empty() => {
+                    self.synced(synced, &ranges).await?;
+                    continue;
+                }
+                count = stream.read_chunks(&mut chunks), if self.waiting.len() < WAITING => count?,
+            };
+            let Some(count) = count else {
+                break;
+            };
             let bytes = chunks[..count].iter().map(Bytes::len).sum();
             // Nothing is kept while the lane is idle: the buffer is as large as one read.
             buffer.reserve(bytes);
@@ -93,6 +120,9 @@ impl Ingest {
             if buffer.is_empty() {
                 buffer = BytesMut::new();
             }
+        }
+        while let Some((synced, ranges)) = self.waiting.next().await {
+            self.synced(synced, &ranges).await?;
         }
         if buffer.is_empty() {
             Ok(())
@@ -173,15 +203,12 @@ impl Ingest {
         self.number += 1;
         let outcome = self
             .publisher
-            .durability(message.flags.durability())
-            .and_then(|durability| {
-                self.publisher
-                    .publish(topic, &incoming)
-                    .map(|()| durability)
-            });
+            .check_durability(message.flags.durability())
+            .and_then(|()| self.publisher.publish(topic, &incoming));
         match outcome {
-            Ok(durability) => {
+            Ok(()) => {
                 mark_dirty(&mut self.dirty, message.alias);
+                let durability = message.flags.durability();
                 self.answers.acknowledge(self.number, durability);
             }
             Err(status) => self.answers.refused.push(wire::PublishRefused {
@@ -242,37 +269,98 @@ impl Ingest {
         for alias in self.dirty.drain(..) {
             if let Some(Some(topic)) = self.topics.get_mut(alias as usize) {
                 self.publisher.flush(topic);
+                self.answers.stored |= topic.take_stored();
             }
         }
+    }
+
+    /// Tells the publisher what became of messages that waited for the disk.
+    async fn synced(
+        &mut self,
+        synced: Result<(), Status>,
+        ranges: &[(u64, u64)],
+    ) -> Result<(), IngestError> {
+        let lane = self.lane.map_or(0, |(lane, _)| lane);
+        for &(first, last) in ranges {
+            match &synced {
+                Ok(()) => {
+                    self.acknowledge(lane, first, last, Durability::Disk)
+                        .await?;
+                }
+                Err(status) => {
+                    for number in first..=last {
+                        let refused = wire::PublishRefused {
+                            lane,
+                            number,
+                            topic: String::new(),
+                            count: 1,
+                            status: Some(status.clone().into()),
+                        };
+                        self.send(wire::control::Frame::PublishRefused(refused))
+                            .await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn acknowledge(
+        &mut self,
+        lane: u32,
+        first: u64,
+        last: u64,
+        durability: Durability,
+    ) -> Result<(), IngestError> {
+        self.publisher.count_acknowledged(last - first + 1);
+        self.send(wire::control::Frame::PublishAck(wire::PublishAck {
+            lane,
+            first,
+            last,
+            durability: wire::Durability::from(durability) as i32,
+        }))
+        .await
+    }
+
+    async fn send(&mut self, frame: wire::control::Frame) -> Result<(), IngestError> {
+        self.control
+            .send(frame)
+            .await
+            .map_err(|_| IngestError::Closed)
     }
 
     async fn answer(&mut self) -> Result<(), IngestError> {
         let answers = std::mem::take(&mut self.answers);
         let lane = self.lane.map_or(0, |(lane, _)| lane);
-        let mut frames = Vec::new();
-        for (first, last, durability) in answers.acknowledged {
-            self.publisher.count_acknowledged(last - first + 1);
-            frames.push(wire::control::Frame::PublishAck(wire::PublishAck {
-                lane,
-                first,
-                last,
-                durability: wire::Durability::from(durability) as i32,
+        let mut ranges = Vec::new();
+        for (first, last, demanded) in answers.taken {
+            match self.publisher.reached(demanded, answers.stored) {
+                Some(durability) => self.acknowledge(lane, first, last, durability).await?,
+                None => ranges.push((first, last)),
+            }
+        }
+        if !ranges.is_empty() {
+            let synced = self.publisher.synced();
+            self.waiting.push(Box::pin(async move {
+                let synced = match synced {
+                    Some(synced) => synced
+                        .await
+                        .unwrap_or_else(|_| Err(StoreError("it was closed".into()))),
+                    None => Err(StoreError("there is none".into())),
+                };
+                let status =
+                    synced.map_err(|error| Status::new(Code::ResourceExhausted, error.to_string()));
+                (status, ranges)
             }));
         }
         for refused in answers.refused {
-            frames.push(wire::control::Frame::PublishRefused(wire::PublishRefused {
-                lane,
-                ..refused
-            }));
+            let refused = wire::PublishRefused { lane, ..refused };
+            self.send(wire::control::Frame::PublishRefused(refused))
+                .await?;
         }
         for token in answers.marks {
-            frames.push(wire::control::Frame::Pong(wire::Pong { token }));
-        }
-        for frame in frames {
-            self.control
-                .send(frame)
-                .await
-                .map_err(|_| IngestError::Closed)?;
+            self.send(wire::control::Frame::Pong(wire::Pong { token }))
+                .await?;
         }
         Ok(())
     }
@@ -280,9 +368,9 @@ impl Ingest {
 
 impl Answers {
     fn acknowledge(&mut self, number: u64, durability: Durability) {
-        match self.acknowledged.last_mut() {
+        match self.taken.last_mut() {
             Some((_, last, held)) if *last + 1 == number && *held == durability => *last = number,
-            _ => self.acknowledged.push((number, number, durability)),
+            _ => self.taken.push((number, number, durability)),
         }
     }
 

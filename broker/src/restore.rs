@@ -1,0 +1,222 @@
+//! Puts what the store kept back in place, before any port is served.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use selvedge_certs::Identity;
+use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::message::Qos;
+use selvedge_proto::topic::{SubscribeTarget, TopicName};
+
+use crate::batch::{Batch, Flow};
+use crate::fabric::Fabric;
+use crate::queue::Overflow;
+use crate::session::{Session, SessionKey};
+use crate::store::{Change, Loaded, Store, StoredMessages, StoredSession, StoredSubscription};
+use crate::tenant::{RetainDelivery, SubscribeRequest, Tenant};
+
+/// Flows of restored messages, by tenant, topic and publisher.
+type Flows = HashMap<(Arc<str>, String, String), Arc<Flow>>;
+
+/// Restores sessions, subscriptions, queues and retained messages. What cannot be restored is
+/// named in the log and left out.
+pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
+    let Some(store) = fabric.store.clone() else {
+        return;
+    };
+    let mut left_out = loaded.left_out;
+    let mut flows = Flows::new();
+    let mut sessions: HashMap<u64, (Arc<Tenant>, Arc<Session>)> = HashMap::new();
+    let counts = (
+        loaded.sessions.len(),
+        loaded.queues.len(),
+        loaded.retained.len(),
+    );
+
+    for (stored, subscriptions) in loaded.sessions {
+        fabric.skip_session_ids(stored.id);
+        match restore_session(fabric, &store, &stored) {
+            Ok((tenant, session)) => {
+                let policy = fabric.policy_for(&session.key.identity);
+                for subscription in subscriptions {
+                    let target = subscription.target.clone();
+                    let restored = request_of(&subscription).and_then(|request| {
+                        tenant
+                            .restore_subscription(&session, &policy, request)
+                            .map_err(|status| status.to_string())
+                    });
+                    if let Err(why) = restored {
+                        left_out.push(format!(
+                            "subscription {target} of {}: {why}",
+                            session.key.identity
+                        ));
+                    }
+                }
+                sessions.insert(stored.id, (tenant, session));
+            }
+            Err(why) => {
+                left_out.push(format!(
+                    "session {:?} of {}: {why}",
+                    stored.name, stored.identity
+                ));
+                store.put(Change::RemoveSession(stored.id));
+            }
+        }
+    }
+    for (key, stored) in loaded.queues {
+        fabric.skip_session_ids(key.session);
+        let place = sessions.get(&key.session).and_then(|(tenant, session)| {
+            Some((tenant, session.queue(key.subscription, key.class)?))
+        });
+        let Some((tenant, queue)) = place else {
+            // Its session or subscription had ended when the broker stopped.
+            store.put(Change::Dequeue(key));
+            continue;
+        };
+        match batch_of(tenant, &mut flows, stored) {
+            Ok(Some(batch)) => queue.restore(Arc::new(batch), key.sequence),
+            Ok(None) => {
+                fabric.metrics.dropped_expired.inc();
+                store.put(Change::Dequeue(key));
+            }
+            Err(why) => {
+                left_out.push(format!("a queued batch: {why}"));
+                store.put(Change::Dequeue(key));
+            }
+        }
+    }
+    for (name, stored) in loaded.retained {
+        let publisher = stored.publisher.parse::<Identity>();
+        let topic: Arc<str> = stored.topic.as_str().into();
+        let restored = publisher
+            .map_err(|error| error.to_string())
+            .and_then(|publisher| {
+                let tenant = fabric.tenant(&publisher);
+                if *tenant.name != *name {
+                    return Err("it is not its publisher's tenant's".to_owned());
+                }
+                Ok(batch_of(&tenant, &mut flows, stored)?.map(|batch| (tenant, batch)))
+            });
+        match restored {
+            Ok(Some((tenant, batch))) => match tenant.retained.set(Arc::new(batch)) {
+                Ok(grown) => {
+                    fabric.metrics.retained.inc_by(grown);
+                }
+                Err(full) => left_out.push(format!("retained message of {topic}: {full}")),
+            },
+            Ok(None) => store.put(Change::RemoveRetained(name.as_str().into(), topic)),
+            Err(why) => left_out.push(format!("retained message of {topic}: {why}")),
+        }
+    }
+
+    let (kept, batches, retained) = counts;
+    tracing::info!(
+        sessions = kept,
+        batches,
+        retained,
+        left_out = left_out.len(),
+        "the store was read"
+    );
+    for what in left_out {
+        fabric.metrics.store_left_out.inc();
+        tracing::error!(%what, "left out of the store");
+    }
+}
+
+fn restore_session(
+    fabric: &Fabric,
+    store: &Store,
+    stored: &StoredSession,
+) -> Result<(Arc<Tenant>, Arc<Session>), String> {
+    let identity: Identity = stored
+        .identity
+        .parse()
+        .map_err(|error| format!("{error}"))?;
+    let (now, clock) = (Instant::now(), SystemTime::now());
+    // One that was connected when the broker stopped has been without a connection since now.
+    let detached_at = stored
+        .detached_ms
+        .and_then(|ms| clock.duration_since(crate::store::from_unix_ms(ms)).ok())
+        .and_then(|ago| now.checked_sub(ago))
+        .unwrap_or(now);
+    let tenant = fabric.tenant(&identity);
+    let key = SessionKey {
+        identity,
+        name: stored.name.as_str().into(),
+    };
+    let session = Session::restore(
+        stored,
+        key,
+        fabric.limits.queue_bytes,
+        store.clone(),
+        detached_at,
+    );
+    tenant.restore_session(&session);
+    Ok((tenant, session))
+}
+
+fn request_of(stored: &StoredSubscription) -> Result<SubscribeRequest, String> {
+    Ok(SubscribeRequest {
+        id: stored.id,
+        target: SubscribeTarget::parse(&stored.target).map_err(|error| error.to_string())?,
+        max_qos: Qos::try_from(stored.max_qos)
+            .map_err(|qos| format!("quality of service {qos}"))?,
+        no_local: stored.no_local,
+        retain_as_published: stored.retain_as_published,
+        identifier: stored.identifier,
+        own_lane: stored.own_lane,
+        overflow: Overflow::from_word(&stored.overflow),
+        retain: RetainDelivery::Never,
+    })
+}
+
+/// The batch again, under a flow of this process; `None` when it has expired.
+fn batch_of(
+    tenant: &Tenant,
+    flows: &mut Flows,
+    stored: StoredMessages,
+) -> Result<Option<Batch>, String> {
+    let (now, clock) = (Instant::now(), SystemTime::now());
+    let expires = match stored.expires {
+        None => None,
+        Some(date) => match crate::store::instant_of(date, now, clock) {
+            None => return Ok(None),
+            some => some,
+        },
+    };
+    let key = (Arc::clone(&tenant.name), stored.topic, stored.publisher);
+    let flow = match flows.get(&key) {
+        Some(flow) => Arc::clone(flow),
+        None => {
+            let topic = TopicName::parse(key.1.as_str()).map_err(|error| error.to_string())?;
+            let publisher: Identity = key.2.parse().map_err(|error| format!("{error}"))?;
+            // No session has the number 0, so nobody takes the message for its own.
+            let flow = tenant.flow(topic, &publisher, 0);
+            flows.insert(key, Arc::clone(&flow));
+            flow
+        }
+    };
+    let mut frames = BytesMut::new();
+    for message in &stored.messages {
+        lane::put_message(
+            &mut frames,
+            Flags::new(stored.qos).with_retain(stored.retain),
+            flow.id,
+            message.header.as_deref(),
+            &message.payload,
+        );
+    }
+    Ok(Some(Batch {
+        flow,
+        class: stored.class,
+        qos: stored.qos,
+        retain: stored.retain,
+        retain_as_published: stored.retain_as_published,
+        count: u32::try_from(stored.messages.len()).unwrap_or(u32::MAX),
+        frames: frames.freeze(),
+        payload: Bytes::new(),
+        expires,
+    }))
+}

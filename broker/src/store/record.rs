@@ -1,0 +1,236 @@
+//! Records of the store and their bytes. Each begins with the version of its form.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use selvedge_proto::message::{Class, Qos};
+use serde::{Deserialize, Serialize};
+
+use super::{QueueKey, from_unix_ms, unix_ms};
+use crate::batch::Batch;
+
+#[cfg(test)]
+mod tests;
+
+/// Version that records are written in.
+const VERSION: u8 = 1;
+
+/// A kept session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredSession {
+    /// Unique within the broker, never reused.
+    pub id: u64,
+    /// Whose, as a SPIFFE URI.
+    pub identity: String,
+    /// Its name within the identity.
+    pub name: String,
+    /// How long it is kept without a connection.
+    pub expiry_ms: u64,
+    /// Since when it is without one, in milliseconds since 1970; absent while connected.
+    pub detached_ms: Option<u64>,
+}
+
+/// A subscription of a kept session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredSubscription {
+    /// Unique within the session.
+    pub id: u32,
+    /// Filter and share group, as MQTT writes them.
+    pub target: String,
+    /// 0 to 2.
+    pub max_qos: u8,
+    /// See [`crate::session::Subscriber::no_local`].
+    pub no_local: bool,
+    /// See [`crate::session::Subscriber::retain_as_published`].
+    pub retain_as_published: bool,
+    /// See [`crate::session::Subscriber::identifier`].
+    pub identifier: Option<u32>,
+    /// Whether its lanes are its own.
+    pub own_lane: bool,
+    /// `default`, `drop_oldest`, `drop_newest` or `disconnect`.
+    pub overflow: String,
+}
+
+/// One batch as it is kept: nothing in it refers to the process that wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMessages {
+    /// Topic of all of them.
+    pub topic: String,
+    /// Identity of the publisher.
+    pub publisher: String,
+    /// Class of the lanes that carried them.
+    pub class: Class,
+    /// Their quality of service.
+    pub qos: Qos,
+    /// Kept because it was retained.
+    pub retain: bool,
+    /// See [`Batch::retain_as_published`].
+    pub retain_as_published: bool,
+    /// When they lose their worth.
+    pub expires: Option<SystemTime>,
+    /// The messages.
+    pub messages: Vec<StoredMessage>,
+}
+
+/// One kept message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Encoded `MessageHeader`, if any.
+    pub header: Option<Bytes>,
+    /// The payload.
+    pub payload: Bytes,
+}
+
+/// Why bytes are not a record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RecordError {
+    /// Written by a later version of the broker.
+    #[error("record version {found}: expected {VERSION}")]
+    Version {
+        /// Version found.
+        found: u8,
+    },
+    /// The bytes end too early or hold what cannot be.
+    #[error("damaged record: {0}")]
+    Damaged(String),
+}
+
+fn damaged(what: &str) -> RecordError {
+    RecordError::Damaged(what.to_owned())
+}
+
+/// A session or subscription as bytes.
+pub(crate) fn encode_json<T: Serialize>(record: &T) -> Vec<u8> {
+    let mut bytes = vec![VERSION];
+    serde_json::to_writer(&mut bytes, record).expect("a record of plain fields is JSON");
+    bytes
+}
+
+/// A session or subscription from bytes.
+pub(crate) fn decode_json<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T, RecordError> {
+    let body = versioned(bytes)?;
+    serde_json::from_slice(body).map_err(|error| RecordError::Damaged(error.to_string()))
+}
+
+fn versioned(bytes: &[u8]) -> Result<&[u8], RecordError> {
+    match bytes.split_first() {
+        None => Err(damaged("it is empty")),
+        Some((&VERSION, body)) => Ok(body),
+        Some((&found, _)) => Err(RecordError::Version { found }),
+    }
+}
+
+/// A batch as bytes; `now` and `clock` are the same moment, to turn its expiry into a date.
+pub(crate) fn encode_batch(batch: &Batch, now: Instant, clock: SystemTime) -> Vec<u8> {
+    let mut out = BytesMut::with_capacity(batch.cost() + 128);
+    out.put_u8(VERSION);
+    out.put_u8(batch.class.index() as u8);
+    out.put_u8(batch.qos as u8);
+    out.put_u8(u8::from(batch.retain) | u8::from(batch.retain_as_published) << 1);
+    let expires = batch.expires.map_or(0, |expires| {
+        unix_ms(clock + expires.saturating_duration_since(now)).max(1)
+    });
+    out.put_u64(expires);
+    put_bytes(&mut out, batch.flow.topic.as_str().as_bytes());
+    put_bytes(&mut out, batch.flow.publisher.uri().as_bytes());
+    out.put_u32(batch.count);
+    for message in batch.messages() {
+        out.put_u8(u8::from(message.header.is_some()));
+        if let Some(header) = &message.header {
+            put_bytes(&mut out, header);
+        }
+        put_bytes(&mut out, &message.payload);
+    }
+    out.to_vec()
+}
+
+/// A batch from bytes.
+pub(crate) fn decode_batch(bytes: &[u8]) -> Result<StoredMessages, RecordError> {
+    let mut body = Bytes::copy_from_slice(versioned(bytes)?);
+    if body.len() < 11 {
+        return Err(damaged("it ends early"));
+    }
+    let class = *Class::ALL
+        .get(usize::from(body.get_u8()))
+        .ok_or_else(|| damaged("unknown class"))?;
+    let qos = Qos::try_from(body.get_u8()).map_err(|_| damaged("unknown quality of service"))?;
+    let flags = body.get_u8();
+    let expires = body.get_u64();
+    let topic = take_text(&mut body)?;
+    let publisher = take_text(&mut body)?;
+    let count = body.try_get_u32().map_err(|_| damaged("it ends early"))?;
+    let mut messages = Vec::new();
+    for _ in 0..count {
+        let header = match body.try_get_u8().map_err(|_| damaged("it ends early"))? {
+            0 => None,
+            1 => Some(take_bytes(&mut body)?),
+            _ => return Err(damaged("unknown flag")),
+        };
+        let payload = take_bytes(&mut body)?;
+        messages.push(StoredMessage { header, payload });
+    }
+    if body.has_remaining() {
+        return Err(damaged("bytes after its end"));
+    }
+    Ok(StoredMessages {
+        topic,
+        publisher,
+        class,
+        qos,
+        retain: flags & 1 != 0,
+        retain_as_published: flags & 2 != 0,
+        expires: (expires > 0).then(|| from_unix_ms(expires)),
+        messages,
+    })
+}
+
+/// Longest time a record's date is believed to be ahead.
+const FAR: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// The moment of a date, `now` and `clock` being the same moment; `None` when it has passed.
+pub(crate) fn instant_of(date: SystemTime, now: Instant, clock: SystemTime) -> Option<Instant> {
+    let ahead = date.duration_since(clock).ok()?;
+    now.checked_add(ahead.min(FAR))
+}
+
+fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
+    out.put_u32(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+    out.extend_from_slice(bytes);
+}
+
+fn take_bytes(body: &mut Bytes) -> Result<Bytes, RecordError> {
+    let length = body.try_get_u32().map_err(|_| damaged("it ends early"))? as usize;
+    if length > body.len() {
+        return Err(damaged("it ends early"));
+    }
+    Ok(body.split_to(length))
+}
+
+fn take_text(body: &mut Bytes) -> Result<String, RecordError> {
+    String::from_utf8(take_bytes(body)?.to_vec()).map_err(|_| damaged("text that is not UTF-8"))
+}
+
+impl QueueKey {
+    /// Bytes that sort as the queue does.
+    pub(crate) fn to_bytes(self) -> [u8; 21] {
+        let mut key = [0; 21];
+        key[..8].copy_from_slice(&self.session.to_be_bytes());
+        key[8..12].copy_from_slice(&self.subscription.to_be_bytes());
+        key[12] = self.class.index() as u8;
+        key[13..].copy_from_slice(&self.sequence.to_be_bytes());
+        key
+    }
+
+    /// The key of these bytes, if they are one.
+    pub(crate) fn from_bytes(key: &[u8]) -> Option<Self> {
+        if key.len() != 21 {
+            return None;
+        }
+        Some(Self {
+            session: u64::from_be_bytes(key[..8].try_into().ok()?),
+            subscription: u32::from_be_bytes(key[8..12].try_into().ok()?),
+            class: *Class::ALL.get(usize::from(key[12]))?,
+            sequence: u64::from_be_bytes(key[13..].try_into().ok()?),
+        })
+    }
+}
