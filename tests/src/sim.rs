@@ -1,5 +1,6 @@
 //! QUIC in a simulated network: unmodified quinn over turmoil's UDP sockets and virtual clock, so that
-//! seconds of partition pass in milliseconds and the same way each time.
+//! minutes of partition pass in milliseconds. Time and network follow the seed; keys, connection ids
+//! and back-off stay random.
 
 use std::fmt;
 use std::future::Future;

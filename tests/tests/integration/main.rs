@@ -6,6 +6,7 @@
 mod admin;
 mod bridge;
 mod calls;
+mod durability;
 mod hostile;
 mod identity;
 mod inference;
