@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::{Condvar, Mutex};
 use selvedge_proto::message::Class;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::batch::Batch;
 use crate::metrics::Metrics;
@@ -103,15 +104,28 @@ pub trait Engine: Send + 'static {
 /// Resolves when everything put before is on disk.
 pub type Synced = oneshot::Receiver<Result<(), StoreError>>;
 
-/// A handle to the store's thread. Cheap to clone.
+/// A handle to the store's thread. Cheap to clone. The thread ends, with everything written, after
+/// [`Store::close`] or when the last handle is dropped.
 #[derive(Debug, Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle(Arc<Inner>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.pending.lock().closed = true;
+        self.0.wake.notify_one();
+    }
+}
 
 #[derive(Debug)]
 struct Inner {
     pending: Mutex<Pending>,
     wake: Condvar,
     metrics: Arc<Metrics>,
+    /// The engine has let go of its files.
+    ended: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -142,54 +156,65 @@ impl Store {
             pending: Mutex::default(),
             wake: Condvar::new(),
             metrics,
+            ended: CancellationToken::new(),
         });
         let shared = Arc::clone(&inner);
         std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || run(&shared, &mut engine))
+            .spawn(move || {
+                run(&shared, &mut engine);
+                drop(engine);
+                shared.ended.cancel();
+            })
             .expect("the system has room for one more thread");
-        Self(inner)
+        Self(Arc::new(Handle(inner)))
+    }
+
+    fn inner(&self) -> &Inner {
+        &self.0.0
     }
 
     /// Puts a change, to be written with the next commit.
     pub fn put(&self, change: Change) {
-        let mut pending = self.0.pending.lock();
+        let mut pending = self.inner().pending.lock();
         pending.bytes += change.cost();
         pending.changes.push(change);
         drop(pending);
-        self.0.wake.notify_one();
+        self.inner().wake.notify_one();
     }
 
     /// Whether there is room for what a publisher brings.
     pub fn has_room(&self) -> bool {
-        self.0.pending.lock().bytes < PENDING_BYTES
+        self.inner().pending.lock().bytes < PENDING_BYTES
     }
 
     /// A receipt for everything put so far.
     pub fn sync(&self) -> Synced {
         let (sender, receiver) = oneshot::channel();
-        let mut pending = self.0.pending.lock();
+        let mut pending = self.inner().pending.lock();
         if pending.closed {
             let _ = sender.send(Err(StoreError("it is closed".into())));
         } else {
             pending.waiters.push(sender);
         }
         drop(pending);
-        self.0.wake.notify_one();
+        self.inner().wake.notify_one();
         receiver
     }
 
-    /// Writes what waits and ends the thread.
+    /// Writes what waits and ends the thread; the folder is free for another broker then.
     ///
     /// # Errors
     /// The last commit failed.
     pub async fn close(&self) -> Result<(), StoreError> {
         let synced = self.sync();
-        self.0.pending.lock().closed = true;
-        self.0.wake.notify_one();
-        synced
+        self.inner().pending.lock().closed = true;
+        self.inner().wake.notify_one();
+        let synced = synced
             .await
-            .unwrap_or_else(|_| Err(StoreError("it was closed before".into())))
+            .unwrap_or_else(|_| Err(StoreError("it was closed before".into())));
+        self.inner().ended.cancelled().await;
+        synced
     }
 }
 

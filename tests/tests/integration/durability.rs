@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use selvedge_broker::{Config, StoreConfig};
-use selvedge_client::{Client, Durability, Publish, PublishError, Qos, SubscribeOptions, Subscription};
+use selvedge_client::{
+    Client, Durability, Publish, PublishError, Qos, SubscribeOptions, Subscription,
+};
 use selvedge_tests::broker::{OPEN, TestBroker};
 use selvedge_tests::wait::{eventually, within};
 
@@ -24,7 +26,9 @@ fn keep(config: &mut Config, folder: &Path) {
 /// A client whose session outlives it.
 async fn kept(broker: &TestBroker, name: &str) -> Client {
     let options = broker.options(broker.device(name));
-    broker.connect(options.session("kept").session_expiry(HOUR)).await
+    broker
+        .connect(options.session("kept").session_expiry(HOUR))
+        .await
 }
 
 async fn subscribe(client: &Client, filter: &str) -> Subscription {
@@ -45,7 +49,9 @@ async fn publish(client: &Client, topic: &str, payload: &str) -> Option<Durabili
 async fn take(subscription: &mut Subscription, count: usize) -> Vec<String> {
     let mut payloads = Vec::new();
     while payloads.len() < count {
-        let message = within("a message", subscription.next()).await.expect("the subscription goes on");
+        let message = within("a message", subscription.next())
+            .await
+            .expect("the subscription goes on");
         payloads.push(String::from_utf8_lossy(&message.payload).into_owned());
     }
     payloads
@@ -104,7 +110,10 @@ async fn a_session_that_is_not_kept_is_gone_after_a_restart() {
     let _subscription = subscribe(&reader, "line/1").await;
     let writer = broker.client("writer").await;
     // Nothing of it needs the disk.
-    assert_eq!(publish(&writer, "line/1", "x").await, Some(Durability::Memory));
+    assert_eq!(
+        publish(&writer, "line/1", "x").await,
+        Some(Durability::Memory)
+    );
     reader.close().await;
     writer.close().await;
     broker.restart().await;
@@ -117,8 +126,12 @@ async fn retained_messages_survive_a_restart_and_a_clearing_does_too() {
     let mut broker = broker(folder.path()).await;
     let writer = broker.client("writer").await;
     for (topic, payload) in [("state/a", "on"), ("state/b", "off"), ("state/b", "")] {
-        let message = Publish::new(topic, payload).qos(Qos::AtLeastOnce).retain(true);
-        let ack = within("an acknowledgement", writer.publish_message(message)).await.unwrap();
+        let message = Publish::new(topic, payload)
+            .qos(Qos::AtLeastOnce)
+            .retain(true);
+        let ack = within("an acknowledgement", writer.publish_message(message))
+            .await
+            .unwrap();
         assert_eq!(ack.durability, Some(Durability::Disk));
     }
     writer.close().await;
@@ -126,8 +139,13 @@ async fn retained_messages_survive_a_restart_and_a_clearing_does_too() {
     assert_eq!(broker.metric("selvedge_retained_messages", &[]).await, 1);
     let reader = broker.client("reader").await;
     let mut subscription = subscribe(&reader, "state/#").await;
-    let message = within("the retained message", subscription.next()).await.unwrap();
-    assert_eq!((message.topic.as_str(), &message.payload[..], message.retain), ("state/a", &b"on"[..], true));
+    let message = within("the retained message", subscription.next())
+        .await
+        .unwrap();
+    assert_eq!(
+        (message.topic.as_str(), &message.payload[..], message.retain),
+        ("state/a", &b"on"[..], true)
+    );
     assert!(message.publisher.ends_with("/acme/plant-1/writer"));
 }
 
@@ -157,7 +175,9 @@ async fn many_publishers_share_an_fsync() {
 async fn durability_that_is_not_there_is_refused() {
     let broker = TestBroker::open().await;
     let writer = broker.client("writer").await;
-    let message = Publish::new("a", "x").qos(Qos::AtLeastOnce).durability(Durability::Disk);
+    let message = Publish::new("a", "x")
+        .qos(Qos::AtLeastOnce)
+        .durability(Durability::Disk);
     let refused = within("an answer", writer.publish_message(message)).await;
     let Err(PublishError::Refused(status)) = refused else {
         panic!("expected a refusal, found {refused:?}");
