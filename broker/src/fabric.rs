@@ -67,7 +67,7 @@ impl Fabric {
             sync_by_default,
             shutdown: CancellationToken::new(),
             tasks: TaskTracker::new(),
-            started: Instant::now(),
+            started: crate::clock::now(),
             policy: ArcSwap::from_pointee(policy),
             tenants: DashMap::new(),
             next_session: AtomicU64::new(1),

@@ -134,7 +134,7 @@ fn restore_session(
         .identity
         .parse()
         .map_err(|error| format!("{error}"))?;
-    let (now, clock) = (Instant::now(), SystemTime::now());
+    let (now, clock) = (crate::clock::now(), SystemTime::now());
     // One that was connected when the broker stopped has been without a connection since now.
     let detached_at = stored
         .detached_ms
@@ -178,7 +178,7 @@ fn batch_of(
     flows: &mut Flows,
     stored: StoredMessages,
 ) -> Result<Option<Batch>, String> {
-    let (now, clock) = (Instant::now(), SystemTime::now());
+    let (now, clock) = (crate::clock::now(), SystemTime::now());
     let expires = match stored.expires {
         None => None,
         Some(date) => match crate::store::instant_of(date, now, clock) {

@@ -27,8 +27,10 @@ pub(crate) const USER_NAME: &str = "sensor";
 /// A name in the broker's certificate.
 pub(super) const SERVER_NAME: &str = "localhost";
 
-const EDGE_MODEL: &[u8] = include_bytes!("../../../models/digits/digits-edge.onnx");
-const CLOUD_MODEL: &[u8] = include_bytes!("../../../models/digits/digits-cloud.onnx");
+/// The small model, as an ONNX file.
+pub(crate) const EDGE_MODEL: &[u8] = include_bytes!("../../../models/digits/digits-edge.onnx");
+/// The large model, as an ONNX file.
+pub(crate) const CLOUD_MODEL: &[u8] = include_bytes!("../../../models/digits/digits-cloud.onnx");
 /// Images that no model was trained on: a header, then a label and 64 values on each line.
 pub(crate) const TEST_IMAGES: &str = include_str!("../../../models/digits/test.csv");
 
@@ -86,6 +88,12 @@ danger_plaintext_identity = "spiffe://dev.example/dev/local/mqtt"
 
 [admin]
 listen = "127.0.0.1:9443"
+
+[store]
+# Kept sessions, their QoS 1 messages and retained messages. QoS 1 to a kept session is acknowledged
+# once it is fsynced; durability = "memory" does not wait for the disk.
+folder = "store"
+durability = "disk"
 "##;
 
 /// The folder of a local fabric. One process at a time has it.

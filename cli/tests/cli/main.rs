@@ -3,5 +3,6 @@
 
 mod certs;
 mod config;
+mod crash;
 mod dev;
 mod program;
