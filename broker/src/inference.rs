@@ -162,7 +162,7 @@ async fn escalate(
             ),
             Ok(slot) => {
                 let reason = format!(
-                    "edge confidence {confidence:.3} was too low; {}",
+                    "escalated, edge confidence {confidence:.3} was too low; {}",
                     slot.choice.reason
                 );
                 match ask(

@@ -142,7 +142,7 @@ pub fn place(
             .collect()
     };
     let (pool, why) = match request.preference {
-        _ if request.tier.is_some() => (in_time.clone(), "the tier asked for"),
+        _ if request.tier.is_some() => (in_time.clone(), "this tier only"),
         Preference::Fastest => (in_time.clone(), "least expected completion"),
         Preference::Edge => (favoured(Tier::Edge), "edge preferred"),
         Preference::Cheapest => (favoured(Tier::Edge), "edge is cheapest"),

@@ -37,7 +37,7 @@ impl DiskEngine {
     /// # Errors
     /// The folder cannot be made, or a new store cannot be begun in it.
     pub fn open(folder: &Path) -> Result<(Self, Vec<String>), StoreError> {
-        std::fs::create_dir_all(folder)
+        make_private(folder)
             .map_err(|error| failed(format!("cannot make {}: {error}", folder.display())))?;
         match guarded(|| Self::open_at(folder)) {
             Ok(engine) => Ok((engine, Vec::new())),
@@ -241,8 +241,17 @@ fn set_aside(folder: &Path) -> std::io::Result<PathBuf> {
         .into_owned();
     let aside = folder.with_file_name(format!("{name}.damaged-{}", unix_ms(SystemTime::now())));
     std::fs::rename(folder, &aside)?;
-    std::fs::create_dir_all(folder)?;
+    make_private(folder)?;
     Ok(aside)
+}
+
+/// Makes the folder, for nobody else to read: it holds messages.
+fn make_private(folder: &Path) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(folder)
 }
 
 fn subscription_key(session: u64, id: u32) -> [u8; 12] {
