@@ -113,6 +113,20 @@ impl Workload {
         }
         workload
     }
+
+    /// Number of entries appended in all.
+    pub fn entries(&self) -> usize {
+        self.commits
+            .iter()
+            .map(|commit| commit.appended.len())
+            .sum()
+    }
+
+    /// Bytes of the keys and values appended in all.
+    pub fn bytes(&self) -> usize {
+        let appended = self.commits.iter().flat_map(|commit| &commit.appended);
+        appended.map(|(key, value)| key.len() + value.len()).sum()
+    }
 }
 
 impl Acknowledged {

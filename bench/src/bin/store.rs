@@ -51,6 +51,14 @@ enum Action {
         #[arg(long, default_value_t = 60)]
         flips: u64,
     },
+    /// Write the workload, print seconds and bytes written, and end without closing the store.
+    #[command(hide = true)]
+    Fill {
+        contender: Contender,
+        directory: PathBuf,
+        commits: usize,
+        size: usize,
+    },
     /// Open a store, read it, and print what it holds.
     #[command(hide = true)]
     Probe {
@@ -89,6 +97,24 @@ fn main() -> Result<()> {
             Ok(())
         }
         Action::Damage { directory, flips } => damage(&directory, flips),
+        Action::Fill {
+            contender,
+            directory,
+            commits,
+            size,
+        } => {
+            let workload = Workload::new(commits, size);
+            let mut engine = contender.open(&directory)?;
+            let written = bytes_written()?;
+            let start = Instant::now();
+            for commit in &workload.commits {
+                engine.commit(commit)?;
+            }
+            let elapsed = start.elapsed().as_secs_f64();
+            say(&format!("{elapsed} {}", bytes_written()? - written))?;
+            // Drops nothing, so the files are those of a process that was killed.
+            std::process::exit(0)
+        }
         Action::Probe {
             contender,
             directory,
@@ -146,29 +172,11 @@ const COLUMNS: [Column; 6] = [
 
 fn run(contender: Contender, parent: &Path, workload: &Workload) -> Result<Figures> {
     let home = tempfile::tempdir_in(parent)?;
-    let killed = tempfile::tempdir_in(parent)?;
-    let mut engine = contender.open(home.path())?;
-    let written = bytes_written()?;
-    let start = Instant::now();
-    let (mut entries, mut appended) = (0, 0);
-    for commit in &workload.commits {
-        engine.commit(commit)?;
-        entries += commit.appended.len();
-        let sizes = commit
-            .appended
-            .iter()
-            .map(|(key, value)| key.len() + value.len());
-        appended += sizes.sum::<usize>();
-    }
-    let elapsed = start.elapsed().as_secs_f64();
-    let write_amplification = (bytes_written()? - written) as f64 / appended as f64;
-    // The files while the store is open are what a killed process leaves behind.
-    copy(home.path(), killed.path())?;
+    let printed = fill(contender, home.path(), workload)?;
     let bytes_on_disk = disk_usage(home.path())? as f64;
-    drop(engine);
-    let restart = |directory: &Path| -> Result<f64> {
+    let restart = || -> Result<f64> {
         let start = Instant::now();
-        let engine = contender.open(directory)?;
+        let engine = contender.open(home.path())?;
         let holding = engine.scan()?;
         let elapsed = start.elapsed().as_secs_f64();
         ensure!(
@@ -178,20 +186,42 @@ fn run(contender: Contender, parent: &Path, workload: &Workload) -> Result<Figur
         );
         Ok(elapsed)
     };
+    let after_kill = restart()?;
+    let after_close = restart()?;
+    let (elapsed, written) = printed
+        .trim()
+        .split_once(' ')
+        .context("expected seconds and bytes")?;
+    let elapsed: f64 = elapsed.parse()?;
+    let written: f64 = written.parse()?;
     Ok(Figures {
         commits_per_second: workload.commits.len() as f64 / elapsed,
-        entries_per_second: entries as f64 / elapsed,
+        entries_per_second: workload.entries() as f64 / elapsed,
         bytes_on_disk,
-        write_amplification,
-        after_kill: restart(killed.path())?,
-        after_close: restart(home.path())?,
+        write_amplification: written / workload.bytes() as f64,
+        after_kill,
+        after_close,
     })
+}
+
+/// Has another process write the workload and end without closing the store.
+fn fill(contender: Contender, directory: &Path, workload: &Workload) -> Result<String> {
+    let output = Command::new(std::env::current_exe()?)
+        .arg("fill")
+        .arg(contender.to_string())
+        .arg(directory)
+        .arg(workload.commits.len().to_string())
+        .arg(workload.commits[0].appended.len().to_string())
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "{contender} could not be filled");
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Damages copies of one store in every way, and counts what each contender makes of them.
 fn damage(parent: &Path, flips: u64) -> Result<()> {
     // Enough for fjall to have tables beside its journal.
-    let workload = Workload::new(300, 256);
+    let workload = Workload::new(150, 256);
     for (contender, readers) in [
         (Contender::Fjall, &[Contender::Fjall][..]),
         (
@@ -199,14 +229,11 @@ fn damage(parent: &Path, flips: u64) -> Result<()> {
             &[Contender::Redb, Contender::RedbChecked][..],
         ),
     ] {
-        let closed = tempfile::tempdir_in(parent)?;
         let killed = tempfile::tempdir_in(parent)?;
-        let mut engine = contender.open(closed.path())?;
-        for commit in &workload.commits {
-            engine.commit(commit)?;
-        }
-        copy(closed.path(), killed.path())?;
-        drop(engine);
+        fill(contender, killed.path(), &workload)?;
+        let closed = tempfile::tempdir_in(parent)?;
+        copy(killed.path(), closed.path())?;
+        drop(contender.open(closed.path())?);
         for &reader in readers {
             for (state, store) in [("closed", closed.path()), ("killed", killed.path())] {
                 for file in files(store)? {
@@ -277,6 +304,7 @@ fn probe(
         .arg("probe")
         .arg(reader.to_string())
         .arg(copied.path())
+        .env("RUST_BACKTRACE", "0")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
