@@ -1,5 +1,5 @@
 //! A whole local fabric in one process: a broker and two workers over real sockets, with a
-//! certificate for every party. `selvedge dev` keeps one up; a tour of Selvedge starts one too.
+//! certificate for every party. `selvedge dev` keeps one up.
 
 mod folder;
 mod pki;
@@ -16,7 +16,7 @@ use selvedge_client::{Options, Tier};
 use selvedge_worker::model::ConfidenceRule;
 use selvedge_worker::{ModelSpec, OnnxModel, Worker, WorkerOptions};
 
-pub(crate) use self::folder::{Folder, POLICY, USER_NAME};
+pub(crate) use self::folder::{CLOUD_MODEL, EDGE_MODEL, Folder, POLICY, TEST_IMAGES, USER_NAME};
 
 /// Folder of the authority and its certificates within that of a fabric.
 pub(crate) const PKI: &str = "pki";
@@ -30,7 +30,7 @@ pub(crate) const EDGE_WORKER: &str = "dev/local/edge-worker";
 pub(crate) const CLOUD_WORKER: &str = "dev/cloud/cloud-worker";
 
 /// How long a model of a few hundred kilobytes may take to load, on a machine that is busy.
-const MODEL_LOAD: Duration = Duration::from_secs(60);
+pub(crate) const MODEL_LOAD: Duration = Duration::from_secs(60);
 
 /// The folder that `selvedge dev` uses, and client commands look into, unless told otherwise:
 /// `$XDG_STATE_HOME/selvedge/dev`, `~/.local/state/selvedge/dev` or, without a home, here.
@@ -61,21 +61,6 @@ pub(crate) struct Listeners {
 }
 
 impl Listeners {
-    /// Every listener on a free port of the loopback address.
-    #[allow(
-        dead_code,
-        reason = "for the tour, which starts a fabric beside any other"
-    )]
-    pub(crate) fn free() -> Self {
-        let free = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
-        Self {
-            quic: free,
-            mqtt: free,
-            mqtts: free,
-            admin: free,
-        }
-    }
-
     /// Replaces the addresses in a configuration.
     pub(crate) fn apply(&self, config: &mut Config, folder: &Folder) -> anyhow::Result<()> {
         config.quic = self.quic.or(config.quic);

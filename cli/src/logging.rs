@@ -25,13 +25,9 @@ enum LogFormat {
     Json,
 }
 
-/// Starts logging; `service` says whether the command runs until it is stopped.
-pub(crate) fn init(args: &Args, service: bool) {
-    let filter = match (&args.log, service) {
-        (Some(filter), _) => filter.as_str(),
-        (None, true) => "info,quinn=warn,rumqttc=warn,tract=warn",
-        (None, false) => "warn",
-    };
+/// Starts logging what the flags say, else what `default` says.
+pub(crate) fn init(args: &Args, default: &str) {
+    let filter = args.log.as_deref().unwrap_or(default);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(io::stderr().is_terminal())

@@ -5,6 +5,7 @@ mod broker;
 mod call;
 mod certs;
 mod connect;
+mod demo;
 mod dev;
 mod duration;
 mod fabric;
@@ -49,6 +50,8 @@ Exit code: 0 success, 1 failure, 2 wrong usage. Every command has an example in 
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Take a tour of the whole fabric, which checks everything it shows.
+    Demo(demo::Args),
     /// Start a whole local fabric for trying things.
     Dev(dev::Args),
     /// Run a broker.
@@ -77,7 +80,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::init(&cli.logging, cli.command.is_service());
+    logging::init(&cli.logging, cli.command.log_filter());
     let format = cli.command.format();
     match run(cli.command) {
         Ok(code) => code,
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Demo(args) => block_on(demo::run(args)),
         Command::Dev(args) => block_on(dev::run(args)),
         Command::Broker(args) => block_on(broker::run(args)),
         Command::Bridge(args) => block_on(bridge::run(args)),
@@ -113,17 +117,23 @@ fn block_on(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::
 }
 
 impl Command {
-    /// Whether it runs until it is told to stop, so that its log is what people look at.
-    fn is_service(&self) -> bool {
-        matches!(
-            self,
-            Self::Dev(_) | Self::Broker(_) | Self::Bridge(_) | Self::Worker(_)
-        )
+    /// What is logged unless the flags say otherwise.
+    fn log_filter(&self) -> &'static str {
+        match self {
+            // Run until they are told to stop, so that their log is what people look at.
+            Self::Dev(_) | Self::Broker(_) | Self::Bridge(_) | Self::Worker(_) => {
+                "info,quinn=warn,rumqttc=warn,tract=warn"
+            }
+            // Shows the peers that the broker refuses itself.
+            Self::Demo(_) => "warn,selvedge_broker::quic=error",
+            _ => "warn",
+        }
     }
 
     /// How results, and failures with them, are written.
     fn format(&self) -> output::Format {
         let json = match self {
+            Self::Demo(args) => args.json,
             Self::Broker(args) => args.json,
             Self::Certs(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -4,5 +4,6 @@
 mod certs;
 mod config;
 mod crash;
+mod demo;
 mod dev;
 mod program;
