@@ -22,7 +22,9 @@ mod record;
 
 pub use self::disk::DiskEngine;
 pub(crate) use self::record::instant_of;
-pub use self::record::{StoredMessage, StoredMessages, StoredSession, StoredSubscription};
+pub use self::record::{
+    RecordError, StoredMessage, StoredMessages, StoredSession, StoredSubscription,
+};
 
 /// Bytes of changes that may wait for the disk. Beyond it QoS 1 publishers to kept sessions are
 /// refused with RESOURCE_EXHAUSTED and told when to try again, so a slow disk never grows memory.

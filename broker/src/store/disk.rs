@@ -6,9 +6,10 @@ use std::time::{Instant, SystemTime};
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
-use super::record::{decode_batch, decode_json, encode_batch, encode_json};
+use super::record::{decode_json, encode_batch, encode_json};
 use super::{
-    Change, Engine, Loaded, QueueKey, StoreError, StoredSession, StoredSubscription, unix_ms,
+    Change, Engine, Loaded, QueueKey, StoreError, StoredMessages, StoredSession,
+    StoredSubscription, unix_ms,
 };
 
 /// A store in a folder.
@@ -168,7 +169,7 @@ impl Engine for DiskEngine {
         );
         scan(&self.queues, "queued batch", &mut left_out, |key, value| {
             let key = QueueKey::from_bytes(key).ok_or("its key is damaged")?;
-            let messages = decode_batch(value).map_err(|error| error.to_string())?;
+            let messages = StoredMessages::from_bytes(value).map_err(|error| error.to_string())?;
             loaded.queues.insert(key, messages);
             Ok(())
         });
@@ -179,7 +180,8 @@ impl Engine for DiskEngine {
             |key, value| {
                 let tenant = key.split(|&byte| byte == 0).next().unwrap_or_default();
                 let tenant = std::str::from_utf8(tenant).map_err(|_| "its key is damaged")?;
-                let messages = decode_batch(value).map_err(|error| error.to_string())?;
+                let messages =
+                    StoredMessages::from_bytes(value).map_err(|error| error.to_string())?;
                 loaded.retained.push((tenant.to_owned(), messages));
                 Ok(())
             },

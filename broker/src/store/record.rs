@@ -83,7 +83,7 @@ pub struct StoredMessage {
 
 /// Why bytes are not a record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum RecordError {
+pub enum RecordError {
     /// Written by a later version of the broker.
     #[error("record version {found}: expected {VERSION}")]
     Version {
@@ -144,8 +144,17 @@ pub(crate) fn encode_batch(batch: &Batch, now: Instant, clock: SystemTime) -> Ve
     out.to_vec()
 }
 
-/// A batch from bytes.
-pub(crate) fn decode_batch(bytes: &[u8]) -> Result<StoredMessages, RecordError> {
+impl StoredMessages {
+    /// A batch from bytes.
+    ///
+    /// # Errors
+    /// They are of a later version, or damaged.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        decode_batch(bytes)
+    }
+}
+
+fn decode_batch(bytes: &[u8]) -> Result<StoredMessages, RecordError> {
     let mut body = Bytes::copy_from_slice(versioned(bytes)?);
     if body.len() < 11 {
         return Err(damaged("it ends early"));
