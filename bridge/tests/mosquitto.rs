@@ -198,6 +198,9 @@ async fn until(bridge: &Bridge, wanted: impl Fn(&selvedge_bridge::RemoteStatus) 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_go_both_ways_with_their_properties() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let rules =
         rule("in", "sensors/#", "", "plant/") + &rule("out", "commands/#", "hall/", "plant/");
@@ -265,6 +268,9 @@ async fn messages_go_both_ways_with_their_properties() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_remote_is_bridged_both_ways() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let rules = rule("in", "sensors/#", "", "plant/") + &rule("out", "commands/#", "", "plant/");
     let _bridge = fabric
@@ -284,6 +290,9 @@ async fn an_old_remote_is_bridged_both_ways() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_mapping_both_ways_makes_no_echo() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let rules = rule("both", "+/#", "", "plant/");
     let bridge = fabric
@@ -328,6 +337,9 @@ async fn one_mapping_both_ways_makes_no_echo() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_remote_reaches_another_through_the_fabric() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (left, right) = (Mosquitto::start(""), Mosquitto::start(""));
     let fabric = Fabric::start().await;
     let rules = rule("both", "#", "site/", "shared/");
@@ -350,6 +362,9 @@ async fn one_remote_reaches_another_through_the_fabric() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_fabric_has_not_taken_is_not_acknowledged_to_the_remote() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let rules = rule("in", "sensors/#", "", "plant/");
     let remotes = remote("mosquitto", mosquitto.port, "5", &rules);
@@ -391,6 +406,9 @@ async fn what_the_fabric_has_not_taken_is_not_acknowledged_to_the_remote() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_remote_that_was_away_gets_what_it_missed_and_is_subscribed_again() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let port = mosquitto.port;
     let rules = rule("in", "sensors/#", "", "plant/") + &rule("out", "commands/#", "", "plant/");
@@ -418,6 +436,9 @@ async fn a_remote_that_was_away_gets_what_it_missed_and_is_subscribed_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_came_while_the_bridge_was_stopped_is_carried_afterwards() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let rules = rule("in", "sensors/#", "", "plant/") + &rule("out", "commands/#", "", "plant/");
     let remotes = remote("mosquitto", mosquitto.port, "5", &rules);
@@ -440,6 +461,9 @@ async fn what_came_while_the_bridge_was_stopped_is_carried_afterwards() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_denied_rule_stops_the_start_and_a_denied_message_does_not_hold_up_others() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
     let denied = remote("m", mosquitto.port, "5", &rule("out", "#", "", "secret/"));
     let error = Bridge::start(fabric.config(&denied)).await.unwrap_err();
@@ -473,6 +497,9 @@ async fn a_denied_rule_stops_the_start_and_a_denied_message_does_not_hold_up_oth
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_arrives_whole_and_in_order() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     const MESSAGES: usize = 5000;
     let (mosquitto, fabric) = (
         Mosquitto::start("max_queued_messages 0\n"),

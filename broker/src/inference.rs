@@ -22,7 +22,11 @@ use crate::quic::{FrameReader, ReadFrameError};
 /// An edge answer is not given up when less than this share of the deadline is left.
 const CASCADE_SHARE: u32 = 10;
 
+/// Kept back of a cloud worker's time, for the edge answer to arrive in its place.
+const RESERVE: Duration = Duration::from_millis(50);
+
 /// A request that was read and checked.
+#[derive(Clone)]
 struct Checked {
     model: TopicName,
     residency: Residency,
@@ -165,19 +169,26 @@ async fn escalate(
                     "escalated, edge confidence {confidence:.3} was too low; {}",
                     slot.choice.reason
                 );
-                match ask(
+                let hurried = Checked {
+                    due: request.due - RESERVE.min(total / 20),
+                    ..request.clone()
+                };
+                let asked = ask(
                     caller,
-                    request,
+                    &hurried,
                     leg,
                     payload,
                     slot,
                     reason,
                     None,
                     Some(confidence),
-                )
-                .await?
-                {
-                    Attempt::Done(code) => {
+                );
+                match asked.await {
+                    Err(status) if status.code == Code::DeadlineExceeded => format!(
+                        "edge answer of confidence {confidence:.3} kept: the cloud did not answer in time"
+                    ),
+                    Err(status) => return Err(status),
+                    Ok(Attempt::Done(code)) => {
                         *tier = Some(Tier::Cloud);
                         caller.fabric.metrics.escalations.inc();
                         // The edge has nothing more to say; its slot is free again.
@@ -185,10 +196,10 @@ async fn escalate(
                         held.slot.complete();
                         return Ok(code);
                     }
-                    Attempt::Refused(status) => format!(
+                    Ok(Attempt::Refused(status)) => format!(
                         "edge answer of confidence {confidence:.3} kept: the cloud answered {status}"
                     ),
-                    Attempt::Lost(_) | Attempt::Unsure(_) => {
+                    Ok(Attempt::Lost(_) | Attempt::Unsure(_)) => {
                         format!(
                             "edge answer of confidence {confidence:.3} kept: the cloud worker was lost"
                         )

@@ -75,7 +75,7 @@ async fn take(tour: &mut Tour, scene: &mut Scene) {
     .await;
     tour.step(
         "inference",
-        "the camera asks what each image shows: a small model at the plant, a large one in the cloud",
+        "what does each image show? a small model at the plant, a large one in the cloud",
         LONG_LIMIT,
         Box::pin(inference::compare(scene)),
     )

@@ -119,6 +119,9 @@ fn packet(topic: &str, payload: &str) -> Packet {
 
 #[tokio::test]
 async fn what_is_not_acknowledged_is_sent_again_and_what_is_acknowledged_is_not() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let mosquitto = Mosquitto::start("");
     for (version, id) in [(Version::V311, "old"), (Version::V5, "new")] {
         let config = config(mosquitto.port, id, version);
@@ -155,6 +158,9 @@ async fn what_is_not_acknowledged_is_sent_again_and_what_is_acknowledged_is_not(
 
 #[tokio::test]
 async fn properties_and_retain_survive_with_version_5() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let mosquitto = Mosquitto::start("");
     let mut bridge = Peer::connect(&config(mosquitto.port, "b", Version::V5)).await;
     bridge.subscribe("#").await;
@@ -181,6 +187,9 @@ async fn properties_and_retain_survive_with_version_5() {
 
 #[tokio::test]
 async fn own_messages_come_back_with_version_3_1_1_only() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let mosquitto = Mosquitto::start("");
     let mut other = Peer::connect(&config(mosquitto.port, "other", Version::V5)).await;
     for (version, echo) in [(Version::V311, true), (Version::V5, false)] {
@@ -214,6 +223,9 @@ async fn own_messages_come_back_with_version_3_1_1_only() {
 
 #[tokio::test]
 async fn a_wrong_password_is_told_with_the_reason() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let dir = tempfile::TempDir::new().unwrap();
     let (passwords, password) = (dir.path().join("passwords"), dir.path().join("password"));
     let made = std::process::Command::new("mosquitto_passwd")
@@ -247,6 +259,9 @@ async fn a_wrong_password_is_told_with_the_reason() {
 
 #[tokio::test]
 async fn many_messages_keep_their_order_and_each_gets_its_answer() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     const MESSAGES: usize = 3000;
     let mosquitto = Mosquitto::start("max_queued_messages 0\n");
     for version in [Version::V311, Version::V5] {
@@ -281,6 +296,9 @@ async fn many_messages_keep_their_order_and_each_gets_its_answer() {
 
 #[tokio::test]
 async fn tls_is_mutual_and_an_unknown_authority_is_refused() {
+    if !mosquitto::is_installed() {
+        return;
+    }
     let dir = tempfile::TempDir::new().unwrap();
     let file = |name: &str, text: &str| {
         let path = dir.path().join(name);

@@ -83,7 +83,7 @@ pub(super) async fn start_press(scene: &mut Scene) -> anyhow::Result<()> {
 
 /// What the machine answers to a speed: it names its caller as the broker verified it.
 pub(super) fn speed_set(speed: &str, caller: &str) -> String {
-    format!("{speed} strokes an hour, as {caller} wishes")
+    format!("{speed} strokes an hour for {caller}")
 }
 
 async fn answer_speed(mut call: IncomingCall) -> Result<(), CallError> {

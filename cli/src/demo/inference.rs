@@ -106,7 +106,7 @@ impl Run {
 
     fn show(&self, progress: Progress, name: &str) {
         progress.seen(format_args!(
-            "{name:<30}{:>5.1} % right   p50 {:>6}  p99 {:>6}   {:>5.1} % sent up",
+            "{name:<29}  {:>5.1} % right  p50 {:>6}  p99 {:>6}  {:>5.1} % sent up",
             self.accuracy() * 100.0,
             short(self.percentile(0.5)),
             short(self.percentile(0.99)),

@@ -52,12 +52,12 @@ pub(super) async fn images(scene: &mut Scene) -> anyhow::Result<Finding> {
 
     let bytes: usize = digits.iter().map(|digit| digit.image.len()).sum();
     progress.seen(format_args!(
-        "camera-3 published to {TOPIC}, each image acknowledged before the next: {rate:.0} a second"
+        "camera-3 published to {TOPIC}, each acknowledged before the next: {rate:.0}/s"
     ));
     progress.seen(format_args!(
-        "dashboard subscribed to {FILTER}, and sees each from {} as the broker verified it",
-        Scene::uri(CAMERA)
+        "dashboard subscribed to {FILTER}; the broker vouches for the publisher of each image:"
     ));
+    progress.seen(Scene::uri(CAMERA));
     let count = digits.len();
     Ok(Finding::new(
         format!("{count} of {count} images received, in order, byte for byte as they were sent"),

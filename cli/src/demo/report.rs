@@ -9,8 +9,10 @@ use serde_json::{Map, Value, json};
 
 use crate::output::{self, Format};
 
-/// Columns of the summary. Details that are longer go on below.
+/// Columns that are used. What is longer goes on below.
 const WIDTH: usize = 100;
+/// Before what was seen in a step.
+const INDENT: &str = "        ";
 
 /// What a step found: one line, and the figures behind it.
 #[derive(Debug)]
@@ -50,9 +52,16 @@ impl Progress {
         }
     }
 
-    /// Something that was seen in a step.
+    /// Something that was seen in a step. What is too long for a line goes on below.
     pub(super) fn seen(self, text: impl fmt::Display) {
-        self.line(format_args!("        {text}").to_string().trim_end());
+        let text = text.to_string();
+        if INDENT.len() + text.chars().count() <= WIDTH {
+            return self.line(format_args!("{INDENT}{text}").to_string().trim_end());
+        }
+        for (number, line) in wrapped(&text, WIDTH - INDENT.len() - 2).iter().enumerate() {
+            let hanging = if number == 0 { "" } else { "  " };
+            self.line(format_args!("{INDENT}{hanging}{line}"));
+        }
     }
 
     fn line(self, text: impl fmt::Display) {

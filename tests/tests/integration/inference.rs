@@ -222,6 +222,38 @@ async fn without_the_cloud_the_edge_answer_is_used_and_says_so() {
 }
 
 #[tokio::test]
+async fn a_cloud_that_is_too_slow_leaves_the_edge_answer() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("camera-3").await;
+    let edge = broker.client("edge-1").await;
+    let cloud = broker.client("acme/cloud-1/cloud").await;
+    let _edge = answering(&edge, Tier::Edge, 0.55, "edge").await;
+    // It takes the request and never answers.
+    let mut stuck = cloud
+        .work(registration("digits", Tier::Cloud, 4))
+        .await
+        .unwrap();
+    let request = Infer::new("digits")
+        .payload("image")
+        .min_confidence(0.8)
+        .deadline(Duration::from_secs(2));
+    let inference = camera.infer(request).await.unwrap();
+    assert_eq!(
+        (&inference.payload[..], inference.answer.escalated),
+        (&b"edge"[..], false)
+    );
+    assert!(
+        inference
+            .answer
+            .reason
+            .ends_with("kept: the cloud did not answer in time")
+    );
+    // The cloud is told to stop.
+    let asked = incoming(&mut stuck).await;
+    within("the cancellation", asked.cancelled()).await;
+}
+
+#[tokio::test]
 async fn a_model_that_nobody_runs_is_not_found() {
     let broker = TestBroker::open().await;
     let camera = broker.client("camera-3").await;

@@ -6,6 +6,18 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
+/// Whether there is a mosquitto to test with. Says so when there is none, since the test is skipped.
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
+pub(crate) fn is_installed() -> bool {
+    let found = program().is_some();
+    if !found {
+        let test = std::thread::current();
+        let test = test.name().unwrap_or("a test");
+        eprintln!("SKIPPED {test}: mosquitto is not installed (Debian package mosquitto)");
+    }
+    found
+}
+
 /// A running mosquitto; it ends with this value.
 pub(crate) struct Mosquitto {
     process: Child,
@@ -43,7 +55,7 @@ impl Mosquitto {
              allow_anonymous true\n{extra}\n"
         );
         std::fs::write(&config, text).unwrap();
-        let mut process = Command::new(find())
+        let mut process = Command::new(program().expect("the test asked `is_installed` first"))
             .arg("-c")
             .arg(&config)
             .stderr(Stdio::piped())
@@ -74,13 +86,10 @@ impl Drop for Mosquitto {
     }
 }
 
-fn find() -> std::path::PathBuf {
+fn program() -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/usr/local/sbin".into()])
         .map(|dir| dir.join("mosquitto"))
         .find(|program| program.is_file())
-        .expect(
-            "mosquitto is needed for this test and not in PATH: install the package `mosquitto`",
-        )
 }
