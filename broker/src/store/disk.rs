@@ -12,6 +12,17 @@ use super::{
     StoredSubscription, unix_ms,
 };
 
+#[cfg(test)]
+mod tests;
+
+/// Journals on disk beyond which memory tables are written out. A keyspace that is seldom written
+/// otherwise keeps every journal since its last change.
+const JOURNAL_BYTES: u64 = 64 << 20;
+
+/// Size at which a keyspace's memory table is written out: less than the engine's default, so that
+/// its journals can go sooner.
+const MEMTABLE_BYTES: u64 = 16 << 20;
+
 /// A store in a folder.
 pub struct DiskEngine {
     database: Database,
@@ -36,33 +47,37 @@ impl DiskEngine {
     /// begun; the answer says so.
     ///
     /// # Errors
-    /// The folder cannot be made, or a new store cannot be begun in it.
+    /// The folder cannot be made, is another broker's, or a new store cannot be begun in it.
     pub fn open(folder: &Path) -> Result<(Self, Vec<String>), StoreError> {
         make_private(folder)
             .map_err(|error| failed(format!("cannot make {}: {error}", folder.display())))?;
-        match guarded(|| Self::open_at(folder)) {
-            Ok(engine) => Ok((engine, Vec::new())),
-            Err(error) if is_locked(&error) => Err(failed(format!(
-                "{} is in use by another broker: stop it or give this one another folder",
-                folder.display()
-            ))),
-            Err(error) => {
-                let aside = set_aside(folder).map_err(failed)?;
-                let report = format!(
-                    "the store could not be opened ({error}) and was set aside as {}",
-                    aside.display()
-                );
-                Ok((guarded(|| Self::open_at(folder))?, vec![report]))
+        let why = match guarded(|| Ok(Self::open_at(folder))) {
+            Ok(Ok(engine)) => return Ok((engine, Vec::new())),
+            Ok(Err(fjall::Error::Locked)) => {
+                return Err(failed(format!(
+                    "{} is in use by another broker: stop it or give this one another folder",
+                    folder.display()
+                )));
             }
-        }
+            Ok(Err(error)) => error.to_string(),
+            Err(panicked) => panicked.to_string(),
+        };
+        let aside = set_aside(folder).map_err(failed)?;
+        let report = format!(
+            "the store could not be opened ({why}) and was set aside as {}",
+            aside.display()
+        );
+        Ok((Self::open_at(folder).map_err(failed)?, vec![report]))
     }
 
-    fn open_at(folder: &Path) -> Result<Self, StoreError> {
-        let database = Database::builder(folder).open().map_err(failed)?;
+    fn open_at(folder: &Path) -> fjall::Result<Self> {
+        let database = Database::builder(folder)
+            .max_journaling_size(JOURNAL_BYTES)
+            .open()?;
         let keyspace = |name: &str| {
-            database
-                .keyspace(name, KeyspaceCreateOptions::default)
-                .map_err(failed)
+            database.keyspace(name, || {
+                KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES)
+            })
         };
         Ok(Self {
             sessions: keyspace("sessions")?,
@@ -196,27 +211,31 @@ impl Engine for DiskEngine {
     }
 }
 
-/// Reads every item of a keyspace; one that cannot be read is left out and named.
+/// Reads every item of a keyspace; one that cannot be read is left out and named. Past damage the
+/// scan goes on from the other end, up to the damage: going on behind it could bring back what had
+/// been deleted.
 fn scan(
     space: &Keyspace,
     what: &str,
     left_out: &mut Vec<String>,
     mut read: impl FnMut(&[u8], &[u8]) -> Result<(), String>,
 ) {
-    let scanned = guarded(|| {
-        for item in space.iter() {
-            match item.into_inner() {
-                Ok((key, value)) => {
-                    if let Err(why) = read(&key, &value) {
-                        left_out.push(format!("a {what}: {why}"));
-                    }
-                }
-                Err(error) => {
-                    left_out.push(format!("a {what} and those stored with it: {error}"));
-                    // The iterator is not certain to get past damage.
-                    break;
-                }
+    let mut take = |item: fjall::Guard, left_out: &mut Vec<String>| match item.into_inner() {
+        Ok((key, value)) => {
+            if let Err(why) = read(&key, &value) {
+                left_out.push(format!("a {what}: {why}"));
             }
+            true
+        }
+        Err(error) => {
+            left_out.push(format!("a {what} and those stored with it: {error}"));
+            false
+        }
+    };
+    let scanned = guarded(|| {
+        let whole = space.iter().all(|item| take(item, left_out));
+        if !whole {
+            let _ = space.iter().rev().all(|item| take(item, left_out));
         }
         Ok(())
     });
@@ -229,10 +248,6 @@ fn scan(
 fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(StoreError(Arc::from("the engine panicked"))))
-}
-
-fn is_locked(error: &StoreError) -> bool {
-    error.0.to_lowercase().contains("lock")
 }
 
 fn set_aside(folder: &Path) -> std::io::Result<PathBuf> {

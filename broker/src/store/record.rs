@@ -15,6 +15,9 @@ mod tests;
 /// Version that records are written in.
 const VERSION: u8 = 1;
 
+/// Version and CRC-32 of what follows them.
+const PREFIX: usize = 5;
+
 /// A kept session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredSession {
@@ -101,9 +104,17 @@ fn damaged(what: &str) -> RecordError {
 
 /// A session or subscription as bytes.
 pub(crate) fn encode_json<T: Serialize>(record: &T) -> Vec<u8> {
-    let mut bytes = vec![VERSION];
+    let mut bytes = vec![0; PREFIX];
     serde_json::to_writer(&mut bytes, record).expect("a record of plain fields is JSON");
+    seal(&mut bytes);
     bytes
+}
+
+/// Fills in the prefix of a record.
+fn seal(record: &mut [u8]) {
+    let sum = crc32fast::hash(&record[PREFIX..]);
+    record[0] = VERSION;
+    record[1..PREFIX].copy_from_slice(&sum.to_be_bytes());
 }
 
 /// A session or subscription from bytes.
@@ -112,18 +123,26 @@ pub(crate) fn decode_json<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<
     serde_json::from_slice(body).map_err(|error| RecordError::Damaged(error.to_string()))
 }
 
+/// What follows the prefix, if it is as it was written.
 fn versioned(bytes: &[u8]) -> Result<&[u8], RecordError> {
-    match bytes.split_first() {
-        None => Err(damaged("it is empty")),
-        Some((&VERSION, body)) => Ok(body),
-        Some((&found, _)) => Err(RecordError::Version { found }),
+    match bytes.first() {
+        None => return Err(damaged("it is empty")),
+        Some(&VERSION) => {}
+        Some(&found) => return Err(RecordError::Version { found }),
     }
+    let (prefix, body) = bytes
+        .split_at_checked(PREFIX)
+        .ok_or_else(|| damaged("it ends early"))?;
+    if prefix[1..] != crc32fast::hash(body).to_be_bytes() {
+        return Err(damaged("its checksum is wrong"));
+    }
+    Ok(body)
 }
 
 /// A batch as bytes; `now` and `clock` are the same moment, to turn its expiry into a date.
 pub(crate) fn encode_batch(batch: &Batch, now: Instant, clock: SystemTime) -> Vec<u8> {
     let mut out = BytesMut::with_capacity(batch.cost() + 128);
-    out.put_u8(VERSION);
+    out.put_bytes(0, PREFIX);
     out.put_u8(batch.class.index() as u8);
     out.put_u8(batch.qos as u8);
     out.put_u8(u8::from(batch.retain) | u8::from(batch.retain_as_published) << 1);
@@ -141,7 +160,9 @@ pub(crate) fn encode_batch(batch: &Batch, now: Instant, clock: SystemTime) -> Ve
         }
         put_bytes(&mut out, &message.payload);
     }
-    out.to_vec()
+    let mut record = out.to_vec();
+    seal(&mut record);
+    record
 }
 
 impl StoredMessages {

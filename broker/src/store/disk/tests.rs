@@ -1,0 +1,185 @@
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use selvedge_certs::Identity;
+use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::message::{Class, Qos};
+use selvedge_proto::topic::TopicName;
+
+use super::*;
+use crate::batch::{Batch, Flow};
+
+const SESSION: u64 = 7;
+
+fn key(sequence: u64) -> QueueKey {
+    QueueKey {
+        session: SESSION,
+        subscription: 0,
+        class: Class::Normal,
+        sequence,
+    }
+}
+
+fn payload(sequence: u64) -> Vec<u8> {
+    format!("message {sequence} ").repeat(8).into_bytes()
+}
+
+fn batch(sequence: u64) -> Arc<Batch> {
+    let topic = TopicName::parse("line/1").unwrap();
+    let publisher = Identity::new("example.org", "acme", "plant-1", "press-7").unwrap();
+    let mut frames = BytesMut::new();
+    lane::put_message(
+        &mut frames,
+        Flags::new(Qos::AtLeastOnce),
+        1,
+        None,
+        &payload(sequence),
+    );
+    Arc::new(Batch {
+        flow: Arc::new(Flow::new(1, topic, publisher, 1)),
+        class: Class::Normal,
+        qos: Qos::AtLeastOnce,
+        retain: false,
+        retain_as_published: false,
+        count: 1,
+        frames: frames.freeze(),
+        payload: Bytes::new(),
+        expires: None,
+    })
+}
+
+fn session() -> StoredSession {
+    StoredSession {
+        id: SESSION,
+        identity: "spiffe://example.org/acme/plant-1/reader".into(),
+        name: "kept".into(),
+        expiry_ms: 1000,
+        detached_ms: None,
+    }
+}
+
+/// A store with a session and 300 messages, of which the first 100 were taken.
+fn fill(folder: &Path) {
+    let (mut engine, left_out) = DiskEngine::open(folder).unwrap();
+    assert!(left_out.is_empty());
+    let mut changes = vec![Change::PutSession(session())];
+    changes.extend((1..=300).map(|sequence| Change::Enqueue(key(sequence), batch(sequence))));
+    for part in changes.chunks(50) {
+        engine.commit(part).unwrap();
+    }
+    // Half of it is in tables and half in the journal, so that both are damaged below.
+    engine.queues.rotate_memtable_and_wait().unwrap();
+    let taken: Vec<Change> = (1..=100)
+        .map(|sequence| Change::Dequeue(key(sequence)))
+        .collect();
+    engine.commit(&taken).unwrap();
+}
+
+fn messages(loaded: &Loaded) -> BTreeMap<u64, Vec<u8>> {
+    let payload = |stored: &StoredMessages| stored.messages[0].payload.to_vec();
+    loaded
+        .queues
+        .iter()
+        .map(|(key, stored)| (key.sequence, payload(stored)))
+        .collect()
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else if std::fs::metadata(&path).unwrap().len() > 0 {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn what_was_committed_is_there_after_reopening() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let (mut engine, left_out) = DiskEngine::open(folder.path()).unwrap();
+    let loaded = engine.load();
+    assert!(left_out.is_empty() && loaded.left_out.is_empty());
+    assert_eq!(loaded.sessions, [(session(), Vec::new())]);
+    let want: BTreeMap<u64, Vec<u8>> = (101..=300).map(|n| (n, payload(n))).collect();
+    assert_eq!(messages(&loaded), want);
+
+    engine.commit(&[Change::RemoveSession(SESSION)]).unwrap();
+    drop(engine);
+    let loaded = DiskEngine::open(folder.path()).unwrap().0.load();
+    assert!(loaded.sessions.is_empty() && loaded.queues.is_empty());
+}
+
+#[test]
+fn a_second_broker_is_turned_away_and_harms_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let first = DiskEngine::open(folder.path()).unwrap();
+    let error = DiskEngine::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("in use by another broker"), "{error}");
+    drop(first);
+    assert_eq!(
+        DiskEngine::open(folder.path())
+            .unwrap()
+            .0
+            .load()
+            .queues
+            .len(),
+        200
+    );
+}
+
+/// Damages each file in turn: the store opens all the same, and believes no byte that was not
+/// written.
+fn survives(damage: impl Fn(&mut Vec<u8>)) {
+    let kept = tempfile::tempdir().unwrap();
+    let original = kept.path().join("store");
+    fill(&original);
+    let mut damaged = 0;
+    for file in files(&original) {
+        let place = tempfile::tempdir().unwrap();
+        let copy = place.path().join("store");
+        for source in files(&original) {
+            let target = copy.join(source.strip_prefix(&original).unwrap());
+            std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+            std::fs::copy(&source, target).unwrap();
+        }
+        let target = copy.join(file.strip_prefix(&original).unwrap());
+        let mut bytes = std::fs::read(&target).unwrap();
+        damage(&mut bytes);
+        std::fs::write(&target, bytes).unwrap();
+        damaged += 1;
+
+        let (mut engine, mut left_out) = DiskEngine::open(&copy).unwrap();
+        let loaded = engine.load();
+        left_out.extend(loaded.left_out.iter().cloned());
+        for (sequence, found) in messages(&loaded) {
+            assert_eq!(found, payload(sequence), "{}", file.display());
+        }
+        // It serves on.
+        engine
+            .commit(&[Change::Enqueue(key(1000), batch(1000))])
+            .unwrap();
+    }
+    assert!(damaged >= 4, "{damaged} files");
+}
+
+#[test]
+fn a_store_with_a_flipped_bit_opens_and_believes_nothing_false() {
+    survives(|bytes| {
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x10;
+    });
+}
+
+#[test]
+fn a_store_with_a_file_cut_short_opens_and_believes_nothing_false() {
+    survives(|bytes| bytes.truncate(bytes.len() / 2));
+}
