@@ -29,7 +29,13 @@ struct Model {
     workers: Vec<Arc<WorkerModel>>,
     waiting: Arc<AtomicUsize>,
     lost: Option<Instant>,
+    /// Sites that had a worker since the broker started, and when one was lost there with its
+    /// connection. Bounded by [`SITES`].
+    sites: HashMap<Box<str>, Option<Instant>>,
 }
+
+/// Sites remembered for one model. Those beyond are treated as never seen.
+const SITES: usize = 4096;
 
 /// One model of one worker.
 #[derive(Debug)]
@@ -52,6 +58,16 @@ pub struct WorkerModel {
     loaded: AtomicBool,
     gone: AtomicBool,
     load: Load,
+}
+
+impl Model {
+    fn see(&mut self, site: &str, lost: Option<Instant>) {
+        if let Some(held) = self.sites.get_mut(site) {
+            *held = lost;
+        } else if self.sites.len() < SITES {
+            self.sites.insert(site.into(), lost);
+        }
+    }
 }
 
 impl WorkerModel {
@@ -169,6 +185,7 @@ impl Models {
         let entry = inner.entry(model).or_default();
         entry.workers.push(Arc::clone(&worker));
         entry.lost = None;
+        entry.see(worker.identity.site(), None);
         drop(inner);
         self.changed.notify_waiters();
         worker
@@ -182,6 +199,15 @@ impl Models {
             return;
         };
         entry.workers.retain(|held| !Arc::ptr_eq(held, worker));
+        let site = worker.identity.site();
+        if lost.is_some()
+            && !entry
+                .workers
+                .iter()
+                .any(|held| held.identity.site() == site)
+        {
+            entry.see(site, lost);
+        }
         if entry.workers.is_empty() {
             match lost {
                 Some(_) => entry.lost = lost,
@@ -248,12 +274,33 @@ impl Models {
                     lost.map_or(start, |lost| (lost + patience.resume_grace).max(start))
                         .min(patience.deadline)
                 }
-                Refusal::Residency | Refusal::TooLate { .. } => return Err(refusal),
+                // The worker of the requester's own site may be on its way back.
+                Refusal::Residency => self
+                    .expected_at(model, request.site, begun, patience)
+                    .min(patience.deadline),
+                Refusal::TooLate { .. } => return Err(refusal),
             };
             if until <= now {
                 return Err(refusal);
             }
             let _ = tokio::time::timeout_at(until.into(), changed).await;
+        }
+    }
+
+    /// Until when a worker of this site may still come.
+    fn expected_at(
+        &self,
+        model: &TopicName,
+        site: &str,
+        begun: Instant,
+        patience: Patience,
+    ) -> Instant {
+        let inner = self.inner.lock();
+        match inner.get(model).and_then(|model| model.sites.get(site)) {
+            None => begun + patience.start_grace,
+            // It was there and withdrew.
+            Some(None) => begun,
+            Some(Some(lost)) => *lost + patience.resume_grace,
         }
     }
 

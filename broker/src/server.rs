@@ -24,8 +24,12 @@ use crate::store::{Loaded, Store, StoreError};
 /// Time that connections have to end in good order when the broker stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Clients are told to come back within this time, each in its own slot.
-const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
+/// Clients are told when to come back, each in its own slot, so that about this many come in a
+/// second: a handshake takes about a millisecond of CPU.
+const RECONNECTS_PER_SECOND: f64 = 500.0;
+
+/// Bounds of the time over which all clients come back, in seconds.
+const RECONNECT_SPREAD: std::ops::RangeInclusive<f64> = 0.1..=30.0;
 
 /// How often sessions are looked at for expiry.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -245,12 +249,16 @@ impl Server {
         // 1. Readiness goes first, so that load balancers look elsewhere, and accept loops end.
         self.fabric.shutdown.cancel();
         // 2. Every connection is told to go and when to come back, each in its own slot.
-        self.fabric
-            .kick_all(|| RECONNECT_SPREAD.mul_f64(rand::rng().random_range(0.05..1.0)));
+        let sessions = self.fabric.metrics.sessions.get() as f64;
+        let spread = (sessions / RECONNECTS_PER_SECOND)
+            .clamp(*RECONNECT_SPREAD.start(), *RECONNECT_SPREAD.end());
+        self.fabric.kick_all(|| {
+            Duration::from_secs_f64(spread).mul_f64(rand::rng().random_range(0.05..1.0))
+        });
         // 3. They flush and close.
         self.fabric.tasks.close();
         let _ = tokio::time::timeout(DRAIN, self.fabric.tasks.wait()).await;
-        // 4. What is left is cut off, and the ports are free.
+        // 4. What is left is cut off. The ports are free once the last connection's task has seen it.
         if let Some(endpoint) = &self.endpoint {
             quic::close(endpoint, Duration::from_secs(1)).await;
         }

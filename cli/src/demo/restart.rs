@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use selvedge_client::{Client, Publish, Qos};
+use selvedge_client::{Client, Publish, Qos, Residency};
 use serde_json::json;
 
 use super::report::{Finding, shown};
@@ -74,7 +74,10 @@ pub(super) async fn restart(scene: &mut Scene) -> anyhow::Result<Finding> {
         .context("expected an image")?
         .clone();
     let inference = async {
-        let answer = camera.infer(image.question()).await;
+        // Bound to the site, it must not be refused because the cloud's worker was back first.
+        let answer = camera
+            .infer(image.question().residency(Residency::Site))
+            .await;
         answer.context("ask after the restart")?;
         Ok(back.elapsed())
     };

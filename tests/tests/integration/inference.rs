@@ -9,6 +9,7 @@ use selvedge_client::{
     Tier, WorkerHandle,
 };
 use selvedge_tests::TestBroker;
+use selvedge_tests::broker::OPEN;
 use selvedge_tests::wait::within;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -172,6 +173,41 @@ async fn a_payload_bound_to_its_site_never_leaves_it() {
         (&kept.payload[..], kept.answer.escalated),
         (&b"edge"[..], false)
     );
+}
+
+#[tokio::test]
+async fn after_a_start_a_site_bound_request_waits_for_the_worker_of_its_site() {
+    let broker = TestBroker::with(OPEN, |config, _| {
+        config.limits.resume_grace = Duration::from_secs(30);
+    })
+    .await;
+    let camera = broker.client("acme/plant-1/camera-3").await;
+    let cloud = broker.client("acme/cloud/gpu-1").await;
+    // The cloud's worker is back first.
+    let _cloud = answering(&cloud, Tier::Cloud, 0.99, "cloud").await;
+    let asker = camera.clone();
+    let asked = tokio::spawn(async move {
+        let bound = Infer::new("digits")
+            .payload("face")
+            .residency(Residency::Site);
+        asker.infer(bound).await
+    });
+    broker
+        .metric_reaches("selvedge_calls_in_flight", &[], 1)
+        .await;
+    let edge = broker.client("acme/plant-1/edge-1").await;
+    let edge_worker = answering(&edge, Tier::Edge, 0.9, "edge").await;
+    let answer = within("the answer", asked).await.unwrap().unwrap();
+    assert_eq!(answer.payload, "edge");
+
+    // One that withdrew is not waited for.
+    drop(edge_worker);
+    edge.close().await;
+    let bound = Infer::new("digits")
+        .payload("face")
+        .residency(Residency::Site);
+    let error = within("a refusal", camera.infer(bound)).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
 }
 
 #[tokio::test]
