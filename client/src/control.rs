@@ -44,6 +44,8 @@ pub(crate) struct Control {
     wake: Arc<Notify>,
     /// Counts the changes of the subscriptions.
     generation: watch::Sender<u64>,
+    /// Whether the broker has everything back that the client had before the connection.
+    restored: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +60,8 @@ struct ControlState {
     last_registration: u32,
     /// Subscriptions that a kept session still has and nobody wants.
     unwanted: BTreeSet<u32>,
+    /// Requests that put back what the client had before the connection; their answers are awaited.
+    restoring: BTreeSet<u64>,
     /// Workers whose load has changed.
     reports: BTreeSet<u32>,
     /// The broker had kept the session from an earlier life of the application, whose
@@ -111,7 +115,20 @@ impl Control {
             state: Mutex::default(),
             wake: Arc::new(Notify::new()),
             generation: watch::Sender::new(0),
+            restored: watch::Sender::new(false),
         }
+    }
+
+    /// Resolves when the broker has answered for everything the client had before the connection.
+    /// Lanes and control stream are not ordered against each other, so a message published earlier
+    /// could overtake the subscription that wants it.
+    pub(crate) async fn restored(&self) {
+        // The sender is this value's own, so it does not go away meanwhile.
+        let _ = self
+            .restored
+            .subscribe()
+            .wait_for(|restored| *restored)
+            .await;
     }
 
     /// Told when there is something to send.
@@ -312,6 +329,8 @@ impl Control {
         for id in ids {
             state.send_register(id);
         }
+        state.restoring = state.requests.keys().copied().collect();
+        self.restored.send_replace(state.restoring.is_empty());
         drop(guard);
         self.wake.notify_one();
     }
@@ -320,6 +339,8 @@ impl Control {
     pub(crate) fn disconnected(&self) {
         let mut state = lock(&self.state);
         state.connected = false;
+        state.restoring.clear();
+        self.restored.send_replace(false);
         state.outgoing.clear();
         state.reports.clear();
         for request in std::mem::take(&mut state.requests).into_values() {
@@ -401,6 +422,9 @@ impl Control {
         let Some(request) = state.requests.remove(&reply.request_id) else {
             return;
         };
+        if state.restoring.remove(&reply.request_id) && state.restoring.is_empty() {
+            self.restored.send_replace(true);
+        }
         let status = reply.statuses.into_iter().next().map(Status::from);
         let status = status.unwrap_or_else(|| Status::new(Code::Internal, "an empty reply"));
         let (waiting, ended) = match request {

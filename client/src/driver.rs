@@ -315,7 +315,10 @@ impl Driver {
         tasks.spawn(write_control(shared.clone(), control_send, acks.clone()));
         for index in 0..shared.lanes.len() {
             let (shared, connection) = (shared.clone(), connection.clone());
-            tasks.spawn(async move { shared.lanes[index].write(&connection).await });
+            tasks.spawn(async move {
+                shared.control.restored().await;
+                shared.lanes[index].write(&connection).await
+            });
         }
         tasks.spawn(delivery::accept(shared.clone(), connection.clone(), acks));
         tasks.spawn(exchange::accept(
@@ -327,7 +330,7 @@ impl Driver {
             connection: connection.clone(),
             max_frame,
         }));
-        shared.state.send_replace(State::Connected {
+        let connected = State::Connected {
             session_present: welcome.session_present,
             broker: welcome.broker.into(),
             identity: welcome
@@ -335,12 +338,18 @@ impl Driver {
                 .parse()
                 .unwrap_or_else(|_| shared.identity.clone()),
             key_exchange: welcome.key_exchange.into(),
-        });
+        };
+        let announced = async {
+            shared.control.restored().await;
+            shared.state.send_replace(connected);
+            std::future::pending::<End>().await
+        };
 
         // Control frames go first, so that a goodbye is read before the loss that follows it.
         let end = tokio::select! {
             biased;
             end = read_control(shared, &mut control_frames) => end,
+            end = announced => end,
             Some(ended) = tasks.join_next() => End::Lost(match ended {
                 Ok(Ok(())) => "a task of the connection ended early".to_owned(),
                 Ok(Err(reason)) => reason,
