@@ -131,3 +131,29 @@ fn ids_are_the_same_in_every_run_and_unique_in_each() {
     assert_eq!(twin.id(), stable_id("a/#") + 1);
     assert_eq!(stable_id("a/#"), 0xf98e_0f6e);
 }
+
+#[tokio::test]
+async fn restored_is_said_when_everything_is_answered_and_not_before() {
+    let is_restored = |control: &Control| *control.restored.borrow();
+    let control = Control::new();
+    assert!(!is_restored(&control), "there is no connection");
+    control.connected(false);
+    control.restored().await;
+
+    let (_route, _answer) = subscribe(&control, "a");
+    assert!(is_restored(&control), "what is new does not count");
+    serve(&control, "s");
+    exchange(&control, &Status::ok());
+    control.disconnected();
+    assert!(!is_restored(&control));
+    control.connected(false);
+    assert!(!is_restored(&control), "the broker has not answered");
+    exchange(&control, &Status::ok());
+    control.restored().await;
+
+    // A refusal is an answer, too.
+    control.disconnected();
+    control.connected(false);
+    exchange(&control, &Status::new(Code::PermissionDenied, "no"));
+    control.restored().await;
+}

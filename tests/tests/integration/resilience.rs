@@ -102,32 +102,6 @@ async fn after_a_restart_of_the_broker_everything_works_again_without_a_false_no
     assert!(press.stats().reconnects >= 1 && panel.stats().reconnects >= 1);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn connected_means_that_subscriptions_are_back() {
-    let mut broker = TestBroker::open().await;
-    let client = broker.client("press-7").await;
-    let mut subscriptions = Vec::new();
-    for number in 0..50 {
-        subscriptions.push(client.subscribe(&format!("own/{number}")).await.unwrap());
-    }
-    for round in 0..5 {
-        broker.stop().await;
-        disconnected(&client).await;
-        broker.start().await;
-        connected(&client).await;
-        for number in 0..50 {
-            let message = Publish::new(format!("own/{number}"), format!("{round}"));
-            client
-                .publish_message(message.qos(Qos::AtLeastOnce))
-                .await
-                .unwrap();
-        }
-        for subscription in &mut subscriptions {
-            assert_eq!(next(subscription).await.payload, format!("{round}"));
-        }
-    }
-}
-
 #[tokio::test]
 async fn when_the_broker_dies_without_a_word_clients_find_its_successor() {
     let mut broker = TestBroker::open().await;
