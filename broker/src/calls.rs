@@ -14,7 +14,7 @@ use selvedge_proto::wire;
 use crate::clock;
 use crate::fabric::Fabric;
 use crate::inference;
-use crate::policy::{Decision, IdentityPolicy, Verb};
+use crate::policy::{Decision, LivePolicy, Verb};
 use crate::quic::FrameReader;
 use crate::services::NoResponder;
 use crate::tenant::Tenant;
@@ -30,7 +30,7 @@ pub(crate) struct Caller {
     pub(crate) tenant: Arc<Tenant>,
     /// From the certificate.
     pub(crate) identity: Identity,
-    pub(crate) policy: IdentityPolicy,
+    pub(crate) policy: LivePolicy,
 }
 
 /// Longest deadline that is kept; a longer one is cut to it.
@@ -48,7 +48,7 @@ impl Caller {
 
     /// The denial, counted, when policy does not allow it.
     pub(crate) fn allow(&self, verb: Verb, subject: &TopicName) -> Result<(), Status> {
-        match self.policy.decide(verb, subject) {
+        match self.policy.now().decide(verb, subject) {
             Decision::Allowed { .. } => Ok(()),
             Decision::Denied(denial) => {
                 self.fabric.metrics.deny(verb.as_str());

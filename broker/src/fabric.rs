@@ -42,6 +42,8 @@ pub struct Fabric {
     /// One permit for each connection that may still be accepted, all listeners together.
     pub connection_slots: Arc<Semaphore>,
     policy: ArcSwap<Policy>,
+    /// Counts the policies so far, so that what was decided by an earlier one is decided again.
+    policy_generation: AtomicU64,
     tenants: DashMap<Arc<str>, Arc<Tenant>>,
     next_session: AtomicU64,
 }
@@ -69,6 +71,7 @@ impl Fabric {
             tasks: TaskTracker::new(),
             started: crate::clock::now(),
             policy: ArcSwap::from_pointee(policy),
+            policy_generation: AtomicU64::new(0),
             tenants: DashMap::new(),
             next_session: AtomicU64::new(1),
         })
@@ -101,6 +104,24 @@ impl Fabric {
     /// The policy now, compiled for one identity.
     pub fn policy_for(&self, identity: &Identity) -> IdentityPolicy {
         self.policy.load().for_identity(identity)
+    }
+
+    /// Puts another policy in force: for what connections do from now on, and for the
+    /// subscriptions and registrations that there are. Those it does not allow any more end.
+    /// Returns how many ended.
+    pub fn set_policy(&self, policy: Policy) -> usize {
+        self.policy.store(Arc::new(policy));
+        self.policy_generation.fetch_add(1, Ordering::AcqRel);
+        self.tenants()
+            .iter()
+            .map(|tenant| tenant.apply_policy(|identity| self.policy_for(identity)))
+            .sum()
+    }
+
+    /// Rises with each new policy.
+    #[inline]
+    pub fn policy_generation(&self) -> u64 {
+        self.policy_generation.load(Ordering::Acquire)
     }
 
     /// The policy now.

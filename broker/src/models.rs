@@ -355,6 +355,24 @@ impl Models {
         Some(Waiting(waiting))
     }
 
+    /// Withdraws every worker that `keep` does not allow; returns how many.
+    pub fn retain(&self, keep: impl Fn(&Identity, &TopicName) -> bool) -> usize {
+        let mut removed = 0;
+        self.inner.lock().retain(|name, model| {
+            model.workers.retain(|worker| {
+                let kept = keep(&worker.identity, name);
+                if !kept {
+                    worker.gone.store(true, Ordering::Release);
+                    removed += 1;
+                }
+                kept
+            });
+            !model.workers.is_empty() || model.lost.is_some()
+        });
+        self.changed.notify_waiters();
+        removed
+    }
+
     /// Every model with its workers, for people.
     pub fn list(&self) -> Vec<(TopicName, Vec<Arc<WorkerModel>>)> {
         let inner = self.inner.lock();

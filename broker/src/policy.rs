@@ -4,6 +4,7 @@
 //! that allow. A decision depends on the policy, the identity, the verb and the subject alone.
 
 mod explain;
+mod live;
 mod parse;
 mod pattern;
 mod rule;
@@ -16,6 +17,7 @@ use selvedge_certs::Identity;
 use selvedge_proto::topic::{TopicFilter, TopicName};
 
 pub use self::explain::{Explanation, RuleOutcome, RuleVerdict};
+pub use self::live::LivePolicy;
 pub use self::parse::{PolicyError, PolicyErrors, PolicyLoadError, PolicyProblem};
 pub use self::pattern::{IdentityPatternError, SubjectError};
 pub use self::rule::Effect;

@@ -13,7 +13,7 @@ use selvedge_proto::topic::TopicName;
 use crate::batch::{Batch, Flow};
 use crate::clock;
 use crate::fabric::Fabric;
-use crate::policy::{Decision, IdentityPolicy, Verb};
+use crate::policy::{Decision, LivePolicy, Verb};
 use crate::queue::Pushed;
 use crate::router::Route;
 use crate::session::{Session, Subscriber};
@@ -33,7 +33,7 @@ pub struct Publisher {
     tenant: Arc<Tenant>,
     identity: Identity,
     session: u64,
-    policy: IdentityPolicy,
+    policy: LivePolicy,
 }
 
 /// One topic of a publisher: its permission, its route and the batch being filled.
@@ -42,6 +42,8 @@ pub struct Topic {
     flow: Arc<Flow>,
     route: Arc<Route>,
     denial: Option<Status>,
+    /// Generation of the policy that decided.
+    decided: u64,
     class: Class,
     pending: BytesMut,
     pending_count: u32,
@@ -99,7 +101,7 @@ impl Publisher {
     pub fn new(fabric: &Arc<Fabric>, tenant: Arc<Tenant>, session: &Session) -> Self {
         let identity = session.key.identity.clone();
         Self {
-            policy: fabric.policy_for(&identity),
+            policy: LivePolicy::new(fabric, &identity),
             fabric: Arc::clone(fabric),
             tenant,
             identity,
@@ -110,15 +112,13 @@ impl Publisher {
     /// Opens a topic for publishing. A topic that policy denies opens, too: each message to it is
     /// refused with the denial.
     pub fn open(&self, topic: TopicName, class: Class) -> Topic {
-        let denial = match self.policy.decide(Verb::Publish, &topic) {
-            Decision::Allowed { .. } => None,
-            Decision::Denied(denial) => Some(denial.into()),
-        };
+        let (decided, denial) = self.decide(&topic);
         let flow = self.tenant.flow(topic, &self.identity, self.session);
         Topic {
             route: Arc::new(self.tenant.router.route(&flow.topic, self.session)),
             flow,
             denial,
+            decided,
             class,
             pending: BytesMut::new(),
             pending_count: 0,
@@ -133,6 +133,9 @@ impl Publisher {
     /// Policy denies the topic, the retained messages are full, or the header does not decode.
     #[inline]
     pub fn publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+        if topic.decided != self.fabric.policy_generation() {
+            (topic.decided, topic.denial) = self.decide(&topic.flow.topic);
+        }
         if let Some(denial) = &topic.denial {
             self.fabric.metrics.deny("publish");
             return Err(denial.clone());
@@ -166,6 +169,17 @@ impl Publisher {
         );
         topic.pending_count += 1;
         Ok(())
+    }
+
+    /// The denial of a topic, if there is one, and the generation of the policy that says so.
+    fn decide(&self, topic: &TopicName) -> (u64, Option<Status>) {
+        // The generation first: if the policy is replaced in between, it is asked once more.
+        let generation = self.fabric.policy_generation();
+        let denial = match self.policy.now().decide(Verb::Publish, topic) {
+            Decision::Allowed { .. } => None,
+            Decision::Denied(denial) => Some(denial.into()),
+        };
+        (generation, denial)
     }
 
     /// Hands what was taken to the receivers' queues.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
-use selvedge_certs::{Credentials, TrustAnchors};
+use selvedge_certs::{ReloadableCredentials, TrustAnchors};
 use selvedge_proto::ALPN;
 use selvedge_proto::status::Code;
 
@@ -34,7 +34,7 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// The address is taken or not this machine's.
 pub fn bind(
     address: SocketAddr,
-    credentials: &Credentials,
+    credentials: &ReloadableCredentials,
     trust: &TrustAnchors,
     limits: &Limits,
 ) -> Result<Endpoint, BindError> {
@@ -65,11 +65,12 @@ pub fn bind(
 /// # Errors
 /// The certificate and key cannot be used.
 pub fn server_config(
-    credentials: &Credentials,
+    credentials: &ReloadableCredentials,
     trust: &TrustAnchors,
     limits: &Limits,
 ) -> Result<ServerConfig, selvedge_certs::TlsError> {
-    let domain = credentials.identity().trust_domain();
+    let current = credentials.current();
+    let domain = current.identity().trust_domain();
     let tls = selvedge_certs::quic_server_config(credentials, trust, Some(domain), &[ALPN])?;
     let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport(limits)));

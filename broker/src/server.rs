@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use quinn::Endpoint;
 use rand::Rng;
-use selvedge_certs::ClientAuth;
+use selvedge_certs::{ClientAuth, ReloadableCredentials, TrustAnchors};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
@@ -40,6 +40,10 @@ pub struct Server {
     fabric: Arc<Fabric>,
     endpoint: Option<Endpoint>,
     addresses: Addresses,
+    /// The certificate of every listener.
+    credentials: ReloadableCredentials,
+    /// The authorities of every listener.
+    trust: TrustAnchors,
     listeners: Vec<JoinHandle<()>>,
 }
 
@@ -92,14 +96,15 @@ impl Server {
     /// # Errors
     /// A port is taken, or the certificate cannot be used.
     pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let credentials = ReloadableCredentials::from(&config.credentials);
         let endpoint = match config.quic {
             None => None,
             Some(address) => Some(
-                quic::bind(address, &config.credentials, &config.trust, &config.limits)
+                quic::bind(address, &credentials, &config.trust, &config.limits)
                     .map_err(|source| BindError::Quic { address, source })?,
             ),
         };
-        Self::serve(config, endpoint).await
+        Self::serve(config, credentials, endpoint).await
     }
 
     /// As [`Self::bind`], with a QUIC endpoint made elsewhere, for simulation. Its server
@@ -108,15 +113,20 @@ impl Server {
     /// # Errors
     /// As [`Self::bind`].
     pub async fn bind_with_endpoint(config: Config, endpoint: Endpoint) -> Result<Self, BindError> {
+        let credentials = ReloadableCredentials::from(&config.credentials);
         endpoint.set_server_config(Some(quic::server_config(
-            &config.credentials,
+            &credentials,
             &config.trust,
             &config.limits,
         )?));
-        Self::serve(config, Some(endpoint)).await
+        Self::serve(config, credentials, Some(endpoint)).await
     }
 
-    async fn serve(config: Config, endpoint: Option<Endpoint>) -> Result<Self, BindError> {
+    async fn serve(
+        config: Config,
+        credentials: ReloadableCredentials,
+        endpoint: Option<Endpoint>,
+    ) -> Result<Self, BindError> {
         let tls = match config.mqtt.tls {
             None => None,
             Some(address) => {
@@ -127,7 +137,7 @@ impl Server {
                 };
                 let domain = config.credentials.identity().trust_domain();
                 let tls = selvedge_certs::tcp_server_config(
-                    &config.credentials,
+                    &credentials,
                     auth,
                     Some(domain),
                     &[b"mqtt"],
@@ -220,6 +230,8 @@ impl Server {
             fabric,
             endpoint,
             addresses,
+            credentials,
+            trust: config.trust,
             listeners,
         })
     }
@@ -232,6 +244,17 @@ impl Server {
     /// The broker's state, for inspection.
     pub fn fabric(&self) -> &Arc<Fabric> {
         &self.fabric
+    }
+
+    /// Takes over what may change while the broker runs: policy, certificate and key, and trust.
+    /// No connection is dropped; new handshakes use the new certificate and trust. Returns how many
+    /// subscriptions and registrations the new policy ended.
+    pub fn reload(&self, config: Config) -> usize {
+        self.credentials.replace(config.credentials);
+        self.trust.replace(&config.trust);
+        let ended = self.fabric.set_policy(config.policy);
+        tracing::info!(ended, "policy, certificate and trust were reloaded");
+        ended
     }
 
     /// Waits until a listener ends, which it only does when the broker is shut down or at fault.

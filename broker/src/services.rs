@@ -292,6 +292,20 @@ impl Services {
         }
     }
 
+    /// Withdraws every responder that `keep` does not allow; returns how many.
+    pub fn retain(&self, keep: impl Fn(&Identity, &TopicName) -> bool) -> usize {
+        let mut removed = 0;
+        self.inner.lock().retain(|name, service| {
+            service.responders.retain(|responder| {
+                let kept = keep(&responder.identity, name);
+                removed += usize::from(!kept);
+                kept
+            });
+            !service.responders.is_empty() || service.lost.is_some()
+        });
+        removed
+    }
+
     /// Names and responder counts, for people.
     pub fn list(&self) -> Vec<(TopicName, usize)> {
         let inner = self.inner.lock();

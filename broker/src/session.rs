@@ -450,6 +450,24 @@ fn queue_store(store: Option<&Store>, session: u64) -> Option<QueueStore> {
 }
 
 impl Subscriber {
+    /// The same subscription under another policy.
+    pub(crate) fn with_residual(&self, residual: Arc<[TopicFilter]>) -> Self {
+        Self {
+            id: self.id,
+            session_id: self.session_id,
+            target: self.target.clone(),
+            max_qos: self.max_qos,
+            no_local: self.no_local,
+            retain_as_published: self.retain_as_published,
+            identifier: self.identifier,
+            residual,
+            own_lane: self.own_lane,
+            overflow: self.overflow,
+            queues: self.queues.clone(),
+            session: Weak::clone(&self.session),
+        }
+    }
+
     /// What the store keeps of it.
     fn record(&self) -> StoredSubscription {
         StoredSubscription {

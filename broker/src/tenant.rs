@@ -19,7 +19,7 @@ use crate::config::Limits;
 use crate::fabric::Fabric;
 use crate::metrics::Metrics;
 use crate::models::Models;
-use crate::policy::{FilterDecision, IdentityPolicy};
+use crate::policy::{FilterDecision, IdentityPolicy, Verb};
 use crate::publisher::Publisher;
 use crate::queue::Overflow;
 use crate::retained::Retained;
@@ -314,6 +314,41 @@ impl Tenant {
             self.deliver_retained(&subscriber);
         }
         Ok(())
+    }
+
+    /// Decides again about every subscription and registration. Returns how many ended.
+    pub(crate) fn apply_policy(&self, policy_for: impl Fn(&Identity) -> IdentityPolicy) -> usize {
+        let mut ended = 0;
+        for session in self.sessions() {
+            let identity = &session.key.identity;
+            let policy = policy_for(identity);
+            for subscriber in session.subscriptions() {
+                let residual = match policy.decide_filter(&subscriber.target.filter) {
+                    FilterDecision::Allowed { residual, .. } if residual == subscriber.residual => {
+                        continue;
+                    }
+                    FilterDecision::Allowed { residual, .. } => residual,
+                    FilterDecision::Denied(denial) => {
+                        tracing::warn!(%identity, %denial, "a subscription ends with the new policy");
+                        self.unsubscribe(&session, subscriber.id);
+                        ended += 1;
+                        continue;
+                    }
+                };
+                let changed = Arc::new(subscriber.with_residual(residual));
+                if let Some(previous) = session.insert(Arc::clone(&changed)) {
+                    self.router.remove(&previous);
+                }
+                self.router.insert(changed);
+            }
+        }
+        let may = |verb: Verb| {
+            let policy_for = &policy_for;
+            move |identity: &Identity, name: &TopicName| {
+                policy_for(identity).decide(verb, name).is_allowed()
+            }
+        };
+        ended + self.services.retain(may(Verb::Serve)) + self.models.retain(may(Verb::Work))
     }
 
     /// Takes a subscription off a session; `false` when there is none of this id.

@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use selvedge_broker::{Addresses, Config, ConfigErrors, Server};
 use serde_json::json;
-use tracing::info;
+use tracing::{error, info};
 
 use crate::output::{self, Problems};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 
 /// `selvedge broker`.
 #[derive(Debug, clap::Args)]
@@ -20,7 +20,7 @@ Example:
 
 Prints the addresses in use, such as quic=0.0.0.0:7443, and then `ready`. SIGTERM and SIGINT stop
 it gracefully: clients are told, and what is queued for them is sent. A second signal ends it at
-once.")]
+once. SIGHUP reads policy, certificate and trust again without dropping a connection.")]
 pub(crate) struct Args {
     /// The configuration.
     #[arg(long, value_name = "FILE")]
@@ -47,9 +47,15 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     announce(&server.addresses());
     let _ = output::line("ready");
 
-    let failed = tokio::select! {
-        () = signals.next() => false,
-        () = server.join() => true,
+    let failed = loop {
+        let asked = tokio::select! {
+            asked = signals.next_or_reload() => asked,
+            () = server.join() => break true,
+        };
+        match asked {
+            Asked::Stop => break false,
+            Asked::Reload => reload(&server, &args.config),
+        }
     };
     info!("stopping; a second signal ends the broker at once");
     signals.or_end_at_once(server.shutdown()).await;
@@ -57,6 +63,21 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("a listener ended by itself, so the broker stopped; its log says why");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes over what may change in a running broker. With a problem in the configuration nothing does.
+pub(crate) fn reload(server: &Server, file: &Path) {
+    match load(file) {
+        Ok(config) => {
+            server.reload(config);
+        }
+        Err(error) => {
+            error!(
+                error = format!("{error:#}"),
+                "the configuration was not reloaded"
+            );
+        }
+    }
 }
 
 /// Reads a broker's configuration; a failure names every problem.

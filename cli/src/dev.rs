@@ -10,7 +10,7 @@ use selvedge_broker::{Addresses, BindError};
 use tracing::info;
 
 use crate::fabric::{self, Fabric, Folder, Listeners, reachable};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use crate::{broker, output};
 
 /// Where a client connects to unless told otherwise.
@@ -60,7 +60,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let folder = tokio::task::spawn_blocking(prepare)
         .await
         .context("prepare the folder")??;
-    let mut config = broker::load(&args.config.unwrap_or_else(|| folder.broker_toml()))?;
+    let file = args.config.unwrap_or_else(|| folder.broker_toml());
+    let mut config = broker::load(&file)?;
     let listeners = Listeners {
         quic: args.quic,
         mqtt: args.mqtt,
@@ -95,9 +96,15 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let _ = output::line("ready");
     let _ = output::line(commands(&folder, fabric.addresses(), workers));
 
-    let failed = tokio::select! {
-        () = signals.next() => false,
-        () = fabric.failed() => true,
+    let failed = loop {
+        let asked = tokio::select! {
+            asked = signals.next_or_reload() => asked,
+            () = fabric.failed() => break true,
+        };
+        match asked {
+            Asked::Stop => break false,
+            Asked::Reload => broker::reload(fabric.server(), &file),
+        }
     };
     info!("stopping; a second signal ends the fabric at once");
     signals.or_end_at_once(fabric.shutdown()).await;

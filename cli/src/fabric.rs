@@ -85,6 +85,11 @@ pub(crate) struct Fabric {
 }
 
 impl Fabric {
+    /// The broker.
+    pub(crate) fn server(&self) -> &Server {
+        &self.server
+    }
+
     /// Starts the broker; returns once its ports are open.
     pub(crate) async fn start(config: Config) -> anyhow::Result<Self> {
         let server = Box::pin(Server::bind(config))

@@ -115,6 +115,18 @@ impl TestBroker {
         self.start().await;
     }
 
+    /// Puts another policy in force while the broker runs, with everything else as it was.
+    pub fn reload(&mut self, policy: &str) {
+        self.config.policy = Policy::parse(policy).expect("the policy of a test");
+        self.reload_config();
+    }
+
+    /// Takes over what of the changed `config` may change while the broker runs.
+    pub fn reload_config(&mut self) {
+        let server = self.server.as_ref().expect("the broker runs");
+        server.reload(self.config.clone());
+    }
+
     /// The address of the native listener.
     pub fn quic(&self) -> SocketAddr {
         self.config.quic.expect("every test broker has it")

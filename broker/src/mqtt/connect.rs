@@ -14,7 +14,7 @@ use crate::mqtt::packet::{self, Connect, Packet, ProtocolError, Reader};
 use crate::mqtt::password::Passwords;
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
-use crate::policy::{Decision, IdentityPolicy, Verb};
+use crate::policy::{Decision, IdentityPolicy, LivePolicy, Verb};
 use crate::session::{SessionKey, Will};
 use crate::tenant;
 
@@ -33,7 +33,7 @@ pub(crate) enum Proof {
 #[derive(Debug)]
 pub(crate) struct Greeting {
     pub(crate) identity: Identity,
-    pub(crate) policy: IdentityPolicy,
+    pub(crate) policy: LivePolicy,
     /// What to ask of the tenant.
     pub(crate) attach: tenant::Connect,
     /// The client gave itself no name.
@@ -106,15 +106,17 @@ pub(crate) async fn greet(
         ));
     }
     let identity = identify(proof, connect).await?;
-    let policy = fabric.policy_for(&identity);
+    let policy = LivePolicy::new(fabric, &identity);
     let will = match connect.will.take() {
-        Some(will) => Some(check_will(will, &policy).map_err(|refusal| match refusal {
-            WillRefusal::Denied(status) => {
-                fabric.metrics.deny("publish");
-                Refusal::answer(Reason::of_refusal(&status), "will", status.message)
-            }
-            WillRefusal::Protocol(error) => Refusal::Protocol(error),
-        })?),
+        Some(will) => Some(
+            check_will(will, &policy.now()).map_err(|refusal| match refusal {
+                WillRefusal::Denied(status) => {
+                    fabric.metrics.deny("publish");
+                    Refusal::answer(Reason::of_refusal(&status), "will", status.message)
+                }
+                WillRefusal::Protocol(error) => Refusal::Protocol(error),
+            })?,
+        ),
         None => None,
     };
     let assigned_client_id = connect.client_id.is_empty();

@@ -21,7 +21,7 @@ use crate::mqtt::packet::{
 };
 use crate::mqtt::publishing::{Manners, Publishing, RECEIVE_MAXIMUM, TOPIC_ALIAS_MAXIMUM};
 use crate::mqtt::reason::Reason;
-use crate::policy::IdentityPolicy;
+use crate::policy::LivePolicy;
 use crate::publisher::Publisher;
 use crate::queue::Overflow;
 use crate::session::ConnectionEnd;
@@ -178,7 +178,7 @@ struct Actor {
     listener: &'static str,
     version: Version,
     manners: Manners,
-    policy: IdentityPolicy,
+    policy: LivePolicy,
     /// As asked for in CONNECT; a session without expiry cannot be given one later.
     session_expiry: Duration,
     /// Longest silence of the client, if there is one.
@@ -500,7 +500,7 @@ impl Actor {
                 overflow: Overflow::Default,
                 retain: wanted.retain,
             };
-            match self.tenant.subscribe(&session, &self.policy, request) {
+            match self.tenant.subscribe(&session, &self.policy.now(), request) {
                 Ok(()) => reasons.push(Reason(max_qos as u8)),
                 Err(status) => {
                     reasons.push(Reason::of_refusal(&status));

@@ -23,7 +23,7 @@ use crate::calls;
 use crate::clock;
 use crate::fabric::Fabric;
 use crate::models::WorkerModel;
-use crate::policy::IdentityPolicy;
+use crate::policy::LivePolicy;
 use crate::publisher::Publisher;
 use crate::queue::DeliveryQueue;
 use crate::services::Responder;
@@ -75,11 +75,12 @@ pub(super) async fn run(fabric: &Arc<Fabric>, connection: Connection, identity: 
         }
     };
     let tenant = fabric.tenant(&identity);
-    let policy = fabric.policy_for(&identity);
+    let policy = LivePolicy::new(fabric, &identity);
     let expiry = connect.expiry;
     if let Some(will) = &connect.will
-        && let crate::policy::Decision::Denied(denial) =
-            policy.decide(crate::policy::Verb::Publish, &will.topic)
+        && let crate::policy::Decision::Denied(denial) = policy
+            .now()
+            .decide(crate::policy::Verb::Publish, &will.topic)
     {
         fabric.metrics.deny("publish");
         let status = Status::from(denial);
@@ -279,8 +280,8 @@ pub(super) struct Actor {
     pub(super) connection: Connection,
     /// From the client's certificate.
     pub(super) identity: Identity,
-    /// The policy for the identity when the connection began.
-    pub(super) policy: IdentityPolicy,
+    /// The policy for the identity.
+    pub(super) policy: LivePolicy,
     /// Hold on the session.
     pub(super) attachment: Attachment,
     pub(super) publisher: Publisher,

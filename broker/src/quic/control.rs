@@ -128,7 +128,7 @@ impl Actor {
             })?;
         self.tenant.subscribe(
             &self.attachment.session,
-            &self.policy,
+            &self.policy.now(),
             SubscribeRequest {
                 id: subscription.id,
                 target,
@@ -249,7 +249,7 @@ impl Actor {
                 format!("the connection has {most} registrations, the most it may"),
             ));
         }
-        match self.policy.decide(verb, name) {
+        match self.policy.now().decide(verb, name) {
             Decision::Allowed { .. } => Ok(()),
             Decision::Denied(denial) => {
                 self.fabric.metrics.deny(verb.as_str());

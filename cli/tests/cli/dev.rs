@@ -56,6 +56,30 @@ impl Dev {
 }
 
 #[test]
+fn sighup_puts_an_edited_policy_in_force_and_a_broken_one_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let dev = Dev::start(folder.path(), &["--no-workers"]);
+    let publish = ["pub", "demo/a", "x", "--qos", "1"];
+    dev.run(&publish).ok();
+    let policy = folder.path().join("policy.toml");
+    let before = fs::read_to_string(&policy).unwrap();
+
+    fs::write(&policy, "nonsense").unwrap();
+    dev.process.signal("HUP");
+    dev.process
+        .wait_for_note("the configuration was not reloaded");
+    dev.run(&publish).ok();
+
+    let denying = "[[rule]]\nname = \"quiet\"\nidentities = [\"*/*/*\"]\ndeny = [\"publish\"]\nsubjects = [\"#\"]\n";
+    fs::write(&policy, format!("{before}\n{denying}")).unwrap();
+    dev.process.signal("HUP");
+    dev.process.wait_for_note("were reloaded");
+    let denied = dev.run(&publish).failed();
+    assert!(denied.contains("denied by rule \"quiet\""), "{denied}");
+    dev.process.stop();
+}
+
+#[test]
 fn messages_go_from_pub_to_sub() {
     let folder = tempfile::tempdir().unwrap();
     let dev = Dev::start(folder.path(), &["--no-workers"]);

@@ -14,5 +14,6 @@ mod mqtt;
 mod overload;
 mod policy;
 mod pubsub;
+mod reload;
 mod resilience;
 mod sim;
