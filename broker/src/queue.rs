@@ -336,6 +336,9 @@ impl DeliveryQueue {
         let mut inner = self.inner.lock();
         let mut taken = Taken::default();
         if inner.epoch != epoch {
+            // The wake-up that led here was for the connection that holds the session now.
+            self.wake.notify_one();
+            taken.stale = true;
             return taken;
         }
         let mut bytes = 0;
@@ -508,6 +511,8 @@ pub struct Taken {
     pub expired: u32,
     /// Messages left out because the receiver does not accept their size.
     pub too_large: u32,
+    /// Another connection holds the session: its lanes are the ones to write.
+    pub stale: bool,
 }
 
 impl Taken {

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use proptest::prelude::*;
 use selvedge_certs::Identity;
 use selvedge_proto::lane::{self, Flags};
@@ -204,4 +205,21 @@ proptest! {
         queue.acknowledge(0, u64::MAX);
         prop_assert_eq!(queue.bytes(), 0);
     }
+}
+
+#[tokio::test]
+async fn a_writer_that_was_taken_over_passes_its_wake_up_on() {
+    let queue = queue(usize::MAX, Overflow::Default);
+    let mut old = Box::pin(queue.woken());
+    assert!((&mut old).now_or_never().is_none());
+    queue.online(1);
+    queue.set_writer(0);
+    let mut new = Box::pin(queue.woken());
+    assert!((&mut new).now_or_never().is_none());
+    queue.push(&batch(Qos::AtMostOnce, b"x"));
+    // The old one has waited for longer and so is woken first.
+    assert!((&mut old).now_or_never().is_some());
+    assert!(queue.take(0, usize::MAX, Instant::now()).stale);
+    assert!((&mut new).now_or_never().is_some());
+    assert_eq!(payloads(&queue.take(1, usize::MAX, Instant::now())), [b"x"]);
 }

@@ -79,6 +79,9 @@ impl Delivery {
                 continue;
             }
             let taken = self.queue.take(self.epoch, BUDGET, clock::now());
+            if taken.stale {
+                return Ok(());
+            }
             if taken.expired > 0 {
                 self.metrics.dropped_expired.inc_by(taken.expired.into());
             }
