@@ -299,7 +299,7 @@ impl Limits {
         bound(
             "max_frame_bytes",
             self.max_frame_bytes,
-            selvedge_proto::MAX_HEADER_FRAME,
+            selvedge_proto::MIN_MAX_FRAME,
             selvedge_proto::frame::MAX_FRAME,
         );
         bound(

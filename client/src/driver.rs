@@ -293,7 +293,7 @@ impl Driver {
         let shared = &self.shared;
         let max_frame = match welcome.max_frame_bytes as usize {
             0 => selvedge_proto::DEFAULT_MAX_FRAME,
-            limit => limit.clamp(selvedge_proto::MAX_HEADER_FRAME, frame::MAX_FRAME),
+            limit => limit.clamp(selvedge_proto::MIN_MAX_FRAME, frame::MAX_FRAME),
         };
         if let Some(advice) = &welcome.reconnect {
             self.backoff.advise(Reconnect {

@@ -14,9 +14,6 @@ use selvedge_proto::wire;
 /// UDP port of a broker when none is given.
 pub(crate) const DEFAULT_PORT: u16 = 7443;
 
-/// Largest frame limit that leaves room for one header frame.
-const MIN_MAX_FRAME: usize = selvedge_proto::MAX_HEADER_FRAME;
-
 /// Where to connect, as whom, and how to behave.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -170,7 +167,10 @@ impl Options {
     /// Largest message the client accepts, in bytes; at least 65,536. Default: 16 MiB.
     #[must_use]
     pub fn max_frame_bytes(mut self, bytes: usize) -> Self {
-        self.max_frame_bytes = bytes.clamp(MIN_MAX_FRAME, selvedge_proto::frame::MAX_FRAME);
+        self.max_frame_bytes = bytes.clamp(
+            selvedge_proto::MIN_MAX_FRAME,
+            selvedge_proto::frame::MAX_FRAME,
+        );
         self
     }
 

@@ -112,7 +112,7 @@ impl Head {
 /// itself need not be there yet, so an oversize frame is refused before it is buffered.
 ///
 /// # Errors
-/// The length is malformed or above `limit` (payload kinds) or [`crate::MAX_HEADER_FRAME`].
+/// The length is malformed, or above `limit` (payload kinds) or [`crate::MAX_HEADER_FRAME`] (others).
 #[inline]
 pub fn peek(buffer: &[u8], limit: usize) -> Result<Option<Head>, FrameError> {
     let Some(&first) = buffer.first() else {
@@ -137,7 +137,7 @@ pub fn peek(buffer: &[u8], limit: usize) -> Result<Option<Head>, FrameError> {
     let limit = if kind.is_payload() {
         limit
     } else {
-        limit.min(crate::MAX_HEADER_FRAME)
+        crate::MAX_HEADER_FRAME
     };
     if length > limit {
         return Err(FrameError::TooLarge {

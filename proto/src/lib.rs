@@ -23,7 +23,12 @@ pub const REVISION: u32 = 1;
 pub const ALPN: &[u8] = b"selvedge/1";
 
 /// Largest header frame (everything but message and data frames) that either side accepts, in bytes.
-pub const MAX_HEADER_FRAME: usize = 64 * 1024;
+///
+/// A topic has up to 65,535 bytes. The largest frame names it twice and says why it is denied.
+pub const MAX_HEADER_FRAME: usize = 256 * 1024;
+
+/// Smallest limit that either side may set for message and data frames, in bytes.
+pub const MIN_MAX_FRAME: usize = 64 * 1024;
 
 /// Frame limit offered in `Hello` and `Welcome` unless configured otherwise, in bytes.
 pub const DEFAULT_MAX_FRAME: usize = 16 * 1024 * 1024;

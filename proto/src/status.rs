@@ -185,7 +185,7 @@ impl From<Status> for wire::Status {
     fn from(status: Status) -> Self {
         Self {
             code: status.code as i32,
-            message: status.message,
+            message: clip(status.message),
             denial: status.denial.map(|denial| wire::Denial {
                 verb: denial.verb.to_string(),
                 subject: denial.subject.to_string(),
@@ -196,6 +196,19 @@ impl From<Status> for wire::Status {
                 .map(|after| u32::try_from(after.as_millis()).unwrap_or(u32::MAX)),
         }
     }
+}
+
+/// Longest message of a status on the wire, in bytes. What it is about, such as a topic, has fields
+/// of its own.
+const MAX_MESSAGE: usize = 4096;
+
+fn clip(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE {
+        let end = message.floor_char_boundary(MAX_MESSAGE - '…'.len_utf8());
+        message.truncate(end);
+        message.push('…');
+    }
+    message
 }
 
 impl From<wire::Status> for Status {
@@ -228,6 +241,12 @@ mod tests {
         }
         assert_eq!(Code::from_number(99), Code::Unknown);
         assert_eq!(Code::from_quic(0), Code::Cancelled);
+    }
+
+    #[test]
+    fn a_message_without_end_is_cut_on_the_wire() {
+        let wire = wire::Status::from(Status::new(Code::Internal, "é".repeat(MAX_MESSAGE)));
+        assert!(wire.message.len() <= MAX_MESSAGE && wire.message.ends_with("é…"));
     }
 
     #[test]

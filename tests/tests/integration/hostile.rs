@@ -7,7 +7,7 @@ use bytes::{BufMut, BytesMut};
 use quinn::{ConnectionError, VarInt};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use selvedge_client::{Client, Code, Subscription};
+use selvedge_client::{Client, Code, Publish, PublishError, Subscription};
 use selvedge_proto::frame::{self, Kind};
 use selvedge_proto::lane::{Flags, put_message};
 use selvedge_proto::message::Qos;
@@ -323,4 +323,39 @@ async fn noise_on_every_tcp_port_is_answered_by_an_end() {
     }
     assert!(scene.broker.metric(ERRORS, &[("listener", "mqtt")]).await > 0);
     scene.unharmed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_longest_topic_harms_nobody_who_receives_it_or_is_denied_it() {
+    // Quotes and backslashes are the worst case of a denial, which escapes them.
+    let secret = r##"
+[[rule]]
+name = "no secrets"
+identities = ["*/*/*"]
+deny = ["publish"]
+subjects = ["secret/#"]
+"##;
+    let broker = TestBroker::governed(&format!("{}{secret}", broker::OPEN)).await;
+    let reader = broker.client("reader").await;
+    let writer = broker.client("writer").await;
+    let mut all = reader.subscribe("#").await.unwrap();
+    let long = |start: &str| format!("{start}/{}", "\"".repeat(65_535 - start.len() - 1));
+    let publish = |topic: String| Publish::new(topic, "x").qos(Qos::AtLeastOnce);
+    within("an answer", writer.publish_message(publish(long("open"))))
+        .await
+        .unwrap();
+    assert_eq!(
+        within("the message", all.next())
+            .await
+            .unwrap()
+            .topic
+            .as_str(),
+        long("open")
+    );
+    let denied = within("an answer", writer.publish_message(publish(long("secret")))).await;
+    let Err(PublishError::Refused(status)) = denied else {
+        panic!("expected a denial, found {denied:?}");
+    };
+    assert_eq!(status.code, Code::PermissionDenied);
+    assert_eq!(reader.stats().reconnects + writer.stats().reconnects, 0);
 }
