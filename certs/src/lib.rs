@@ -23,7 +23,7 @@ pub use credentials::{Credentials, LoadError, ReloadableCredentials, TrustAnchor
 pub use identity::{Identity, IdentityError, Segment, TrustDomain};
 pub use inspect::{CertificateSummary, explain};
 pub use tls::{
-    ALPN, ClientAuth, ServerIdentity, TlsError, negotiated_group, provider, quic_client_config,
+    ClientAuth, ServerIdentity, TlsError, negotiated_group, provider, quic_client_config,
     quic_server_config, tcp_client_config, tcp_server_config,
 };
 pub use verify::{

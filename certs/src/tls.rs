@@ -13,9 +13,6 @@ use crate::credentials::{ReloadableCredentials, TrustAnchors};
 use crate::identity::{IdentityError, TrustDomain};
 use crate::verify::{ClientVerifier, ServerVerifier};
 
-/// The application protocol of Selvedge over QUIC and TLS.
-pub const ALPN: &[u8] = b"selvedge/1";
-
 const TLS13: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
 /// MQTT devices in the field often stop at TLS 1.2.
 const TLS12_AND_13: &[&SupportedProtocolVersion] =

@@ -7,8 +7,9 @@ use std::time::Duration;
 use quinn::{ServerConfig, TransportConfig};
 use selvedge_broker::policy::Policy;
 use selvedge_broker::{Config, Server};
-use selvedge_certs::{ALPN, Credentials, TrustAnchors, quic_server_config};
+use selvedge_certs::{Credentials, TrustAnchors, quic_server_config};
 use selvedge_client::{Call, Client, Code, Options, Publish, Qos, State, TopicName, Will};
+use selvedge_proto::ALPN;
 use selvedge_tests::{TestPki, broker, log, raw, sim};
 use tokio::time::Instant;
 
