@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use selvedge_certs::Identity;
-use selvedge_proto::frame::{self, Kind};
-use selvedge_proto::lane::MessageRef;
-use selvedge_proto::message::{Class, Qos};
+use selvedge_proto::frame::{self, FrameError, Kind};
+use selvedge_proto::lane::{self, Flags, MessageRef};
+use selvedge_proto::message::{Class, Properties, Qos};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
@@ -83,6 +83,34 @@ impl Batch {
     /// Memory of a queue entry beyond the encoded bytes.
     pub const OVERHEAD: usize = 64;
 
+    /// Writes the messages again, with these flags.
+    pub fn put(&self, buffer: &mut BytesMut, flags: Flags) {
+        for message in self.messages() {
+            lane::put_message(
+                buffer,
+                flags,
+                self.flow.id,
+                message.header.as_deref(),
+                &message.payload,
+            );
+        }
+    }
+
+    /// The same messages with another quality of service and retain flag.
+    #[must_use]
+    pub fn with_flags(&self, qos: Qos, retain: bool) -> Self {
+        let mut frames = BytesMut::with_capacity(self.frames.len() + self.payload.len());
+        self.put(&mut frames, Flags::new(qos).with_retain(retain));
+        Self {
+            flow: Arc::clone(&self.flow),
+            qos,
+            retain,
+            frames: frames.freeze(),
+            payload: Bytes::new(),
+            ..*self
+        }
+    }
+
     /// The messages, one after the other, with the payload as shared bytes.
     pub fn messages(&self) -> impl Iterator<Item = BatchMessage> + '_ {
         let mut rest = self.frames.clone();
@@ -115,4 +143,19 @@ pub struct BatchMessage {
     pub header: Option<Bytes>,
     /// The application's payload.
     pub payload: Bytes,
+}
+
+/// When a message with this header loses its worth.
+///
+/// # Errors
+/// The header does not decode.
+pub(crate) fn expiry_of(
+    header: Option<&[u8]>,
+    now: Instant,
+) -> Result<Option<Instant>, FrameError> {
+    let Some(header) = header else {
+        return Ok(None);
+    };
+    let properties = Properties::decode(header)?;
+    Ok(properties.expiry.and_then(|expiry| now.checked_add(expiry)))
 }

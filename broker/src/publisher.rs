@@ -10,7 +10,7 @@ use selvedge_proto::message::{Class, Durability, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 
-use crate::batch::{Batch, Flow};
+use crate::batch::{Batch, Flow, expiry_of};
 use crate::clock;
 use crate::fabric::Fabric;
 use crate::policy::{Decision, LivePolicy, Verb};
@@ -18,7 +18,7 @@ use crate::queue::Pushed;
 use crate::router::Route;
 use crate::session::{Session, Subscriber};
 use crate::store::{Store, Synced};
-use crate::tenant::{Tenant, expiry_of, reencode};
+use crate::tenant::Tenant;
 
 /// Payloads from this size on are passed on as they were received instead of copied into a batch.
 pub const LARGE: usize = 4096;
@@ -40,7 +40,7 @@ pub struct Publisher {
 #[derive(Debug)]
 pub struct Topic {
     flow: Arc<Flow>,
-    route: Arc<Route>,
+    route: Route,
     denial: Option<Status>,
     /// Generation of the policy that decided.
     decided: u64,
@@ -115,7 +115,7 @@ impl Publisher {
         let (decided, denial) = self.decide(&topic);
         let flow = self.tenant.flow(topic, &self.identity, self.session);
         Topic {
-            route: Arc::new(self.tenant.router.route(&flow.topic, self.session)),
+            route: self.tenant.router.route(&flow.topic, self.session),
             flow,
             denial,
             decided,
@@ -272,7 +272,9 @@ impl Publisher {
         self.fabric.metrics.acknowledged.inc_by(count);
     }
 
-    #[cold]
+    /// Publishes a message that cannot be packed with others: it is large, has a header, is to be
+    /// retained, or goes to a share group.
+    #[inline(never)]
     fn publish_alone(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
         // What came before stays before.
         self.flush(topic);
@@ -330,20 +332,7 @@ impl Publisher {
             }
             return Ok(());
         }
-        let kept = Batch {
-            retain: true,
-            ..reencode(
-                &Batch {
-                    flow: Arc::clone(&batch.flow),
-                    frames: batch.frames.clone(),
-                    payload: batch.payload.clone(),
-                    retain: true,
-                    ..*batch
-                },
-                batch.qos,
-            )
-        };
-        let kept = Arc::new(kept);
+        let kept = Arc::new(batch.with_flags(batch.qos, true));
         match self.tenant.retained.set(Arc::clone(&kept)) {
             Ok(grown) => {
                 self.fabric.metrics.retained.inc_by(grown);
@@ -357,7 +346,7 @@ impl Publisher {
     fn dispatch(&self, topic: &mut Topic, batch: Batch) {
         let router = &self.tenant.router;
         if topic.route.generation != router.generation() {
-            topic.route = Arc::new(router.route(&topic.flow.topic, self.session));
+            topic.route = router.route(&topic.flow.topic, self.session);
         }
         let metrics = &self.fabric.metrics;
         metrics.messages_in.inc_by(batch.count.into());
@@ -371,7 +360,7 @@ impl Publisher {
             if max >= batch.qos {
                 Arc::clone(&batch)
             } else {
-                Arc::clone(downgraded.get_or_insert_with(|| Arc::new(reencode(&batch, max))))
+                Arc::clone(downgraded.get_or_insert_with(|| Arc::new(batch.with_flags(max, false))))
             }
         };
         let mut stored = false;

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::{Condvar, Mutex};
@@ -124,6 +125,8 @@ impl Drop for Handle {
 #[derive(Debug)]
 struct Inner {
     pending: Mutex<Pending>,
+    /// Cost of the changes that are not on disk yet. Outside the lock, since every QoS 1 message asks.
+    bytes: AtomicUsize,
     wake: Condvar,
     metrics: Arc<Metrics>,
     /// The engine has let go of its files.
@@ -133,7 +136,6 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Pending {
     changes: Vec<Change>,
-    bytes: usize,
     waiters: Vec<oneshot::Sender<Result<(), StoreError>>>,
     closed: bool,
 }
@@ -156,6 +158,7 @@ impl Store {
     pub fn start(mut engine: impl Engine, metrics: Arc<Metrics>) -> Self {
         let inner = Arc::new(Inner {
             pending: Mutex::default(),
+            bytes: AtomicUsize::new(0),
             wake: Condvar::new(),
             metrics,
             ended: CancellationToken::new(),
@@ -178,16 +181,17 @@ impl Store {
 
     /// Puts a change, to be written with the next commit.
     pub fn put(&self, change: Change) {
-        let mut pending = self.inner().pending.lock();
-        pending.bytes += change.cost();
+        let inner = self.inner();
+        inner.bytes.fetch_add(change.cost(), Ordering::Relaxed);
+        let mut pending = inner.pending.lock();
         pending.changes.push(change);
         drop(pending);
-        self.inner().wake.notify_one();
+        inner.wake.notify_one();
     }
 
     /// Whether there is room for what a publisher brings.
     pub fn has_room(&self) -> bool {
-        self.inner().pending.lock().bytes < PENDING_BYTES
+        self.inner().bytes.load(Ordering::Relaxed) < PENDING_BYTES
     }
 
     /// A receipt for everything put so far.
@@ -245,7 +249,7 @@ fn run(inner: &Inner, engine: &mut impl Engine) {
         }
         // What is being written counts as pending until it is.
         let cost: usize = changes.iter().map(Change::cost).sum();
-        inner.pending.lock().bytes -= cost;
+        inner.bytes.fetch_sub(cost, Ordering::Relaxed);
         for waiter in waiters {
             // A publisher that is gone needs no answer.
             let _ = waiter.send(result.clone());

@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
 use dashmap::DashMap;
 use selvedge_certs::Identity;
 use selvedge_proto::frame;
-use selvedge_proto::lane::{self, Flags};
-use selvedge_proto::message::{Class, Properties, Qos};
+use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicName};
 
@@ -436,7 +434,7 @@ impl Tenant {
                 let batch = if qos == message.qos {
                     Arc::clone(message)
                 } else {
-                    Arc::new(reencode(message, qos))
+                    Arc::new(message.with_flags(qos, message.retain))
                 };
                 let pushed = subscriber.queues[batch.class.index()].push(&batch);
                 if pushed == crate::queue::Pushed::Full {
@@ -466,44 +464,4 @@ impl Tenant {
         }
         self.metrics.dropped_session_ended.inc_by(session.close());
     }
-}
-
-/// The one message of a batch again, with another quality of service.
-pub(crate) fn reencode(batch: &Batch, qos: Qos) -> Batch {
-    let mut frames = BytesMut::with_capacity(batch.frames.len() + batch.payload.len());
-    for message in batch.messages() {
-        lane::put_message(
-            &mut frames,
-            Flags::new(qos).with_retain(batch.retain),
-            batch.flow.id,
-            message.header.as_deref(),
-            &message.payload,
-        );
-    }
-    Batch {
-        flow: Arc::clone(&batch.flow),
-        class: batch.class,
-        qos,
-        retain: batch.retain,
-        retain_as_published: batch.retain_as_published,
-        count: batch.count,
-        frames: frames.freeze(),
-        payload: Bytes::new(),
-        expires: batch.expires,
-    }
-}
-
-/// When a message with this header loses its worth.
-///
-/// # Errors
-/// The header does not decode.
-pub(crate) fn expiry_of(
-    header: Option<&[u8]>,
-    now: Instant,
-) -> Result<Option<Instant>, frame::FrameError> {
-    let Some(header) = header else {
-        return Ok(None);
-    };
-    let properties = Properties::decode(header)?;
-    Ok(properties.expiry.and_then(|expiry| now.checked_add(expiry)))
 }

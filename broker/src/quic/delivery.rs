@@ -6,10 +6,10 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use quinn::{SendStream, WriteError};
 use selvedge_proto::frame::{self, Kind};
-use selvedge_proto::lane::{self, Flags};
+use selvedge_proto::lane::Flags;
 use selvedge_proto::wire;
 
-use crate::batch::{Batch, Flow};
+use crate::batch::Flow;
 use crate::clock;
 use crate::metrics::Metrics;
 use crate::queue::{DeliveryQueue, Entry};
@@ -114,12 +114,10 @@ impl Delivery {
             self.bind(&batch.flow, &mut small);
             let as_published = self.retain_as_published && batch.retain_as_published;
             if entry.duplicate || as_published {
-                put_flagged(
-                    &mut small,
-                    batch,
-                    entry.duplicate,
-                    batch.retain || as_published,
-                );
+                let flags = Flags::new(batch.qos)
+                    .with_duplicate(entry.duplicate)
+                    .with_retain(batch.retain || as_published);
+                batch.put(&mut small, flags);
                 continue;
             }
             for piece in [&batch.frames, &batch.payload] {
@@ -163,21 +161,5 @@ impl Delivery {
         }
         small.extend_from_slice(&flow.bind);
         self.bound.insert(flow.id, Arc::clone(flow));
-    }
-}
-
-/// The batch again with other flags on every message.
-fn put_flagged(buffer: &mut BytesMut, batch: &Batch, duplicate: bool, retain: bool) {
-    let flags = Flags::new(batch.qos)
-        .with_duplicate(duplicate)
-        .with_retain(retain);
-    for message in batch.messages() {
-        lane::put_message(
-            buffer,
-            flags,
-            batch.flow.id,
-            message.header.as_deref(),
-            &message.payload,
-        );
     }
 }
