@@ -330,17 +330,32 @@ impl Limits {
         bound("queue_bytes", self.queue_bytes, 1024, usize::MAX);
         bound("inflight_bytes", self.inflight_bytes, 1024, usize::MAX);
         bound("cascade_bytes", self.cascade_bytes, 0, 1 << 30);
-        bound(
-            "handshake_timeout (in ms)",
-            usize::try_from(self.handshake_timeout.as_millis()).unwrap_or(usize::MAX),
-            100,
-            600_000,
+        let mut span = |key: &str, value: Duration, least: Duration, most: Duration| {
+            let ms =
+                |duration: Duration| usize::try_from(duration.as_millis()).unwrap_or(usize::MAX);
+            bound(&format!("{key} (in ms)"), ms(value), ms(least), ms(most));
+        };
+        let second = Duration::from_secs(1);
+        let hour = second * 3600;
+        span(
+            "handshake_timeout",
+            self.handshake_timeout,
+            second / 10,
+            second * 600,
         );
-        bound(
-            "idle_timeout (in ms)",
-            usize::try_from(self.idle_timeout.as_millis()).unwrap_or(usize::MAX),
-            1_000,
-            3_600_000,
+        span("idle_timeout", self.idle_timeout, second, hour);
+        span("resume_grace", self.resume_grace, Duration::ZERO, hour);
+        span(
+            "default_deadline",
+            self.default_deadline,
+            second / 1000,
+            hour * 24,
+        );
+        span(
+            "session_expiry",
+            self.session_expiry,
+            Duration::ZERO,
+            hour * 24 * 365 * 100,
         );
     }
 }
@@ -533,6 +548,7 @@ mod tests {
             danger_plaintext = "127.0.0.1:1883"
             [limits]
             queue_bytes = 1
+            resume_grace = "99999999999d"
         "#;
         let folder = tempfile::tempdir().unwrap();
         let errors = Config::parse(text, folder.path()).unwrap_err();
@@ -549,6 +565,7 @@ mod tests {
             "mqtt.passwords",
             "mqtt.danger_plaintext_identity",
             "limits.queue_bytes",
+            "limits.resume_grace (in ms)",
         ] {
             assert!(keys.contains(&key), "{key} is missing from {keys:?}");
         }

@@ -146,10 +146,11 @@ impl Fabric {
             .saturating_sub(now.saturating_duration_since(self.started))
     }
 
-    /// Ends sessions that have expired, in every tenant.
-    pub fn expire_sessions(&self, now: Instant) {
+    /// Ends sessions that have expired, and forgets services and models whose responders and workers
+    /// did not come back, in every tenant.
+    pub fn sweep(&self, now: Instant) {
         for tenant in self.tenants() {
-            tenant.expire_sessions(now);
+            tenant.sweep(now);
         }
     }
 

@@ -355,6 +355,17 @@ impl Models {
         Some(Waiting(waiting))
     }
 
+    /// Forgets models whose workers were lost longer than `grace` ago, as
+    /// [`Services::forget_lost`](crate::services::Services::forget_lost) does.
+    pub fn forget_lost(&self, now: Instant, grace: Duration) {
+        self.inner.lock().retain(|_, model| {
+            !model.workers.is_empty()
+                || model
+                    .lost
+                    .is_some_and(|lost| now.saturating_duration_since(lost) < grace)
+        });
+    }
+
     /// Withdraws every worker that `keep` does not allow; returns how many.
     pub fn retain(&self, keep: impl Fn(&Identity, &TopicName) -> bool) -> usize {
         let mut removed = 0;

@@ -31,7 +31,7 @@ const RECONNECTS_PER_SECOND: f64 = 500.0;
 /// Bounds of the time over which all clients come back, in seconds.
 const RECONNECT_SPREAD: std::ops::RangeInclusive<f64> = 0.1..=30.0;
 
-/// How often sessions are looked at for expiry.
+/// How often sessions, services and models are looked at for what has expired.
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// A running broker. Dropping it stops it without saying goodbye.
@@ -323,12 +323,12 @@ async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, 
         })
 }
 
-/// Ends sessions whose time without a connection is over.
+/// Ends and forgets what has expired.
 async fn sweep(fabric: Arc<Fabric>) {
     let mut ticks = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {
-            _ = ticks.tick() => fabric.expire_sessions(clock::now()),
+            _ = ticks.tick() => fabric.sweep(clock::now()),
             () = fabric.shutdown.cancelled() => return,
         }
     }

@@ -241,7 +241,6 @@ impl Services {
                 })
                 .min(deadline);
             if until <= clock::now() {
-                self.forget(service, resume_grace);
                 return Err(error);
             }
             let _ = tokio::time::timeout_at(until.into(), arrived).await;
@@ -283,13 +282,15 @@ impl Services {
         Err(NoResponder::Full { service_time })
     }
 
-    fn forget(&self, service: &TopicName, grace: Duration) {
-        let mut inner = self.inner.lock();
-        if inner.get(service).is_some_and(|entry| {
-            entry.responders.is_empty() && entry.lost.is_none_or(|lost| lost.elapsed() >= grace)
-        }) {
-            inner.remove(service);
-        }
+    /// Forgets services whose responders were lost longer than `grace` ago. Names are the clients' to
+    /// choose, so what is remembered of the lost must not grow with them.
+    pub fn forget_lost(&self, now: Instant, grace: Duration) {
+        self.inner.lock().retain(|_, service| {
+            !service.responders.is_empty()
+                || service
+                    .lost
+                    .is_some_and(|lost| now.saturating_duration_since(lost) < grace)
+        });
     }
 
     /// Withdraws every responder that `keep` does not allow; returns how many.
@@ -382,6 +383,25 @@ mod tests {
             let chosen = choose(&both, |count| usize::from(pick) % count).unwrap();
             prop_assert_eq!(both[chosen].outstanding, a.min(b));
         }
+    }
+
+    #[test]
+    fn what_was_lost_is_remembered_for_the_grace_and_no_longer() {
+        let services = Services::default();
+        let lost = Instant::now();
+        let grace = Duration::from_secs(5);
+        for number in 0..100 {
+            let service = Service {
+                responders: Vec::new(),
+                lost: Some(lost),
+            };
+            let name = TopicName::parse(format!("press-{number}")).unwrap();
+            services.inner.lock().insert(name, service);
+        }
+        services.forget_lost(lost + grace / 2, grace);
+        assert_eq!(services.inner.lock().len(), 100);
+        services.forget_lost(lost + grace, grace);
+        assert_eq!(services.inner.lock().len(), 0);
     }
 
     #[test]

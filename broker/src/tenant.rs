@@ -404,7 +404,10 @@ impl Tenant {
             .collect()
     }
 
-    pub(crate) fn expire_sessions(&self, now: Instant) {
+    /// Ends and forgets what nobody may come back for any more.
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.services.forget_lost(now, self.limits.resume_grace);
+        self.models.forget_lost(now, self.limits.resume_grace);
         for session in self.sessions() {
             if session.is_expired(now) {
                 self.remove_session(&session);
