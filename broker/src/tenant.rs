@@ -296,12 +296,13 @@ impl Tenant {
             self.router.remove(&previous);
             self.metrics.subscriptions.dec();
         }
-        if let Some(previous) = session.insert(Arc::clone(&subscriber)) {
-            self.router.remove(&previous);
-            self.metrics.subscriptions.dec();
+        match session.insert(Arc::clone(&subscriber)) {
+            Some(previous) => self.router.replace(&previous, Arc::clone(&subscriber)),
+            None => {
+                self.router.insert(Arc::clone(&subscriber));
+                self.metrics.subscriptions.inc();
+            }
         }
-        self.router.insert(Arc::clone(&subscriber));
-        self.metrics.subscriptions.inc();
         // MQTT 5.0 section 4.8.2: retained messages are not sent to a shared subscription.
         let send = match request.retain {
             RetainDelivery::Send => true,
@@ -335,9 +336,8 @@ impl Tenant {
                 };
                 let changed = Arc::new(subscriber.with_residual(residual));
                 if let Some(previous) = session.insert(Arc::clone(&changed)) {
-                    self.router.remove(&previous);
+                    self.router.replace(&previous, changed);
                 }
-                self.router.insert(changed);
             }
         }
         let may = |verb: Verb| {
