@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use selvedge_client::{Client, Code, Message, Publish, PublishError, Subscription};
+use selvedge_client::{
+    Backoff, Client, Code, Message, Publish, PublishError, Reconnect, Subscription,
+};
 use selvedge_proto::message::{Class, Properties, Qos};
 use selvedge_proto::topic::TopicName;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Backoff;
 use crate::mapping::Rule;
 use crate::properties::add_hop;
 use crate::status::{DropReason, InFlight, Record};
@@ -202,7 +203,10 @@ pub(crate) async fn give_to_fabric(
     in_flight: InFlight,
 ) -> Taken {
     let Inward { rule, qos, publish } = inward;
-    let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
+    let mut backoff = Backoff::new(Reconnect {
+        min: RETRY_MIN,
+        max: RETRY_MAX,
+    });
     loop {
         let error = match fabric.publish_message(publish.clone()).await {
             Ok(_) => {
@@ -216,7 +220,7 @@ pub(crate) async fn give_to_fabric(
             PublishError::Closed(_) => return Taken::No(message),
             PublishError::Refused(status) if qos > Qos::AtMostOnce && is_passing(status.code) => {
                 record.rule_error(rule, message);
-                let delay = backoff.next(Instant::now(), rand::random());
+                let delay = backoff.delay(rand::random());
                 let after = status.retry_after.unwrap_or_default();
                 tokio::time::sleep(after.saturating_add(delay)).await;
                 continue;

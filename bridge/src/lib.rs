@@ -4,7 +4,6 @@
 //! own and two tasks: rumqttc's event loop, and the task that decides what goes into it. A message is
 //! acknowledged to the side it came from only when the other side has it.
 
-mod backoff;
 mod bridge;
 pub mod config;
 mod forward;

@@ -9,13 +9,12 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::future::ready;
 use futures_util::stream::FuturesOrdered;
-use selvedge_client::Client;
+use selvedge_client::{Backoff, Client, Reconnect};
 use selvedge_proto::message::Qos;
 use selvedge_proto::topic::TopicFilter;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Backoff;
 use crate::config::RemoteConfig;
 use crate::forward::{Outbound, Taken, give_to_fabric, inward};
 use crate::link::{Event, Incoming, Limits, Link, Receipt, WINDOW};
@@ -101,7 +100,10 @@ impl Remote {
     ) -> Self {
         Self {
             rules: config.rules.clone().into(),
-            backoff: Backoff::new(RECONNECT_MIN, config.reconnect_max),
+            backoff: Backoff::new(Reconnect {
+                min: RECONNECT_MIN,
+                max: config.reconnect_max,
+            }),
             config,
             fabric,
             own_hop,
@@ -134,7 +136,8 @@ impl Remote {
             };
             self.record.disconnected(&reason);
             self.restart();
-            let delay = self.backoff.next(Instant::now(), rand::random());
+            self.backoff.lost(Instant::now());
+            let delay = self.backoff.delay(rand::random());
             tracing::warn!(
                 remote = %self.config.name,
                 host = %self.config.host,

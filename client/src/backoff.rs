@@ -4,16 +4,19 @@ use std::time::{Duration, Instant};
 
 use crate::options::Reconnect;
 
-/// Delays between attempts to reconnect.
+/// Delays between attempts to reconnect: full jitter under a ceiling that doubles, and falls back
+/// only after a connection that lasted. Opens no socket and reads no clock; for applications that keep
+/// other connections besides, as the bridge does.
 #[derive(Debug)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     bounds: Reconnect,
     ceiling: Duration,
     up_since: Option<Instant>,
 }
 
 impl Backoff {
-    pub(crate) fn new(bounds: Reconnect) -> Self {
+    /// A back-off that has seen no attempt yet.
+    pub fn new(bounds: Reconnect) -> Self {
         let mut backoff = Self {
             bounds,
             ceiling: bounds.min,
@@ -25,7 +28,7 @@ impl Backoff {
 
     /// Takes over the broker's bounds. Bounds of zero are not accepted: they would make a loop
     /// without any pause.
-    pub(crate) fn advise(&mut self, bounds: Reconnect) {
+    pub fn advise(&mut self, bounds: Reconnect) {
         let min = bounds.min.max(Duration::from_millis(1));
         let max = bounds.max.max(min);
         self.bounds = Reconnect { min, max };
@@ -33,20 +36,20 @@ impl Backoff {
     }
 
     /// The delay before the next attempt; `unit` is random, from 0 to 1.
-    pub(crate) fn delay(&mut self, unit: f64) -> Duration {
+    pub fn delay(&mut self, unit: f64) -> Duration {
         let delay = self.ceiling.mul_f64(unit.clamp(0.0, 1.0));
         self.ceiling = self.ceiling.saturating_mul(2).min(self.bounds.max);
         delay
     }
 
     /// A connection is up.
-    pub(crate) fn connected(&mut self, now: Instant) {
+    pub fn connected(&mut self, now: Instant) {
         self.up_since = Some(now);
     }
 
     /// The connection is lost. Only one that lasted as long as the ceiling starts the back-off
     /// anew: a broker that accepts and drops its clients is not to be stormed.
-    pub(crate) fn lost(&mut self, now: Instant) {
+    pub fn lost(&mut self, now: Instant) {
         let Some(since) = self.up_since.take() else {
             return;
         };

@@ -26,6 +26,7 @@ mod subscription;
 mod sync;
 mod work;
 
+pub use backoff::Backoff;
 pub use bytes::Bytes;
 pub use selvedge_certs::{Credentials, Identity, ReloadableCredentials, TrustAnchors};
 pub use selvedge_proto::inference::{Preference, Residency, Tensor, TensorSpec, Tier};
