@@ -281,13 +281,16 @@ impl Server {
         // 3. They flush and close.
         self.fabric.tasks.close();
         let _ = tokio::time::timeout(DRAIN, self.fabric.tasks.wait()).await;
-        // 4. What is left is cut off. The ports are free once the last connection's task has seen it.
+        // 4. What is left is cut off, and the ports are freed.
         if let Some(endpoint) = &self.endpoint {
             quic::close(endpoint, Duration::from_secs(1)).await;
         }
         for listener in std::mem::take(&mut self.listeners) {
             listener.abort();
             let _ = listener.await;
+        }
+        if let Some(endpoint) = self.endpoint.take() {
+            free(endpoint).await;
         }
         // 5. What was taken is on disk before the process may end.
         if let Some(store) = &self.fabric.store
@@ -311,6 +314,27 @@ impl Drop for Server {
             listener.abort();
         }
     }
+}
+
+/// Lets go of an endpoint and waits until its port is free. The endpoint's own task holds the socket,
+/// and ends in its own time after the last handle is gone.
+async fn free(endpoint: Endpoint) {
+    let address = endpoint.local_addr();
+    drop(endpoint);
+    let Ok(address) = address else {
+        return;
+    };
+    let in_use = || {
+        std::net::UdpSocket::bind(address)
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
+    };
+    for _ in 0..200 {
+        if !in_use() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tracing::warn!(%address, "the port is still in use");
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
