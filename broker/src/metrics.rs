@@ -110,6 +110,8 @@ pub struct Metrics {
     pub store_commits: Counter,
     /// Commits of the store that failed.
     pub store_errors: Counter,
+    /// One while the store cannot write, else zero.
+    pub store_failing: Gauge,
     /// Records of the store that could not be restored at the start.
     pub store_left_out: Counter,
     /// Tasks that panicked; each is a bug.
@@ -161,6 +163,7 @@ impl Default for Metrics {
             ),
             store_commits: register!("store_commits", "Commits of the store, each with one fsync"),
             store_errors: register!("store_errors", "Commits of the store that failed"),
+            store_failing: register!("store_failing", "Whether the store cannot write now"),
             store_left_out: register!(
                 "store_left_out",
                 "Records of the store that could not be restored"

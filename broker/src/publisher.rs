@@ -17,7 +17,7 @@ use crate::policy::{Decision, LivePolicy, Verb};
 use crate::queue::Pushed;
 use crate::router::Route;
 use crate::session::{Session, Subscriber};
-use crate::store::{Store, Synced};
+use crate::store::{Store, StoreError, Synced};
 use crate::tenant::Tenant;
 
 /// Payloads from this size on are passed on as they were received instead of copied into a batch.
@@ -142,13 +142,15 @@ impl Publisher {
         }
         if message.qos != Qos::AtMostOnce
             && let Some(store) = &self.fabric.store
-            && !store.has_room()
+            && let Err(error) = store.check()
         {
-            return Err(Status::new(
-                Code::ResourceExhausted,
-                "the store is behind: too much waits to be written to disk",
-            )
-            .retry_after(Duration::from_millis(100)));
+            let retry_after = match error {
+                StoreError::Behind => Duration::from_millis(100),
+                StoreError::Failed(_) => Duration::from_secs(1),
+            };
+            return Err(
+                Status::new(Code::ResourceExhausted, error.to_string()).retry_after(retry_after)
+            );
         }
         let payload = message.payload.as_slice();
         let simple = message.header.is_none() && !message.retain && payload.len() < LARGE;

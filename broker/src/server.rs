@@ -180,7 +180,7 @@ impl Server {
                 let open = move || Store::open(&store.folder, metrics);
                 let (store, loaded) = tokio::task::spawn_blocking(open)
                     .await
-                    .unwrap_or_else(|_| Err(StoreError("opening it panicked".into())))?;
+                    .unwrap_or_else(|_| Err(StoreError::Failed("opening it panicked".into())))?;
                 (Some(store), loaded)
             }
         };

@@ -479,6 +479,8 @@ impl Subscriber {
             identifier: self.identifier,
             own_lane: self.own_lane,
             overflow: self.overflow.as_str().to_owned(),
+            owed: false,
+            datagrams: false,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What outlives the broker's process: sessions, their QoS 1 queues, and retained messages.
+//! What outlives the broker's process: sessions, their QoS 1 queues, retained messages, the history
+//! of topics and the ids of messages seen.
 //!
 //! Listeners put changes in a list and go on. One thread takes the whole list, writes it as one
 //! commit with one fsync, and then tells everyone who waits: hundreds of publishers share an
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use selvedge_proto::message::Class;
 use tokio::sync::oneshot;
@@ -24,7 +26,7 @@ mod record;
 pub use self::disk::DiskEngine;
 pub(crate) use self::record::instant_of;
 pub use self::record::{
-    RecordError, StoredMessage, StoredMessages, StoredSession, StoredSubscription,
+    RecordError, StoredMessage, StoredMessageId, StoredMessages, StoredSession, StoredSubscription,
 };
 
 /// Bytes of changes that may wait for the disk. Beyond it QoS 1 publishers to kept sessions are
@@ -41,6 +43,17 @@ pub struct QueueKey {
     /// Class of the queue.
     pub class: Class,
     /// Place in the queue, rising.
+    pub sequence: u64,
+}
+
+/// Where one batch of a topic's history is kept.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HistoryKey {
+    /// The tenant.
+    pub tenant: Arc<str>,
+    /// The topic.
+    pub topic: Arc<str>,
+    /// Place in the topic's history, rising.
     pub sequence: u64,
 }
 
@@ -63,12 +76,38 @@ pub enum Change {
     PutRetained(Arc<str>, Arc<Batch>),
     /// A tenant's topic has no retained message any more.
     RemoveRetained(Arc<str>, Arc<str>),
+    /// A message with this id was taken, and the same again is a duplicate.
+    PutMessageId {
+        /// The tenant.
+        tenant: Arc<str>,
+        /// Identity of the publisher.
+        publisher: Arc<str>,
+        /// The publisher's id of the message.
+        id: Bytes,
+        /// Until when it is a duplicate.
+        until: SystemTime,
+    },
+    /// The id is forgotten.
+    RemoveMessageId {
+        /// The tenant.
+        tenant: Arc<str>,
+        /// Identity of the publisher.
+        publisher: Arc<str>,
+        /// The publisher's id of the message.
+        id: Bytes,
+    },
+    /// A batch of a topic's history, and when it was published.
+    PutHistory(HistoryKey, Arc<Batch>, SystemTime),
+    /// A batch of a topic's history was given up.
+    RemoveHistory(HistoryKey),
 }
 
 impl Change {
     fn cost(&self) -> usize {
         match self {
             Self::Enqueue(_, batch) | Self::PutRetained(_, batch) => batch.cost() + 64,
+            Self::PutHistory(_, batch, _) => batch.cost() + 128,
+            Self::PutMessageId { id, .. } | Self::RemoveMessageId { id, .. } => id.len() + 128,
             _ => 128,
         }
     }
@@ -83,14 +122,24 @@ pub struct Loaded {
     pub queues: BTreeMap<QueueKey, StoredMessages>,
     /// Retained messages by tenant.
     pub retained: Vec<(String, StoredMessages)>,
+    /// Ids of messages that are duplicates when they come again.
+    pub message_ids: Vec<StoredMessageId>,
+    /// The history of topics, in order of the keys, with the time each batch was published.
+    pub history: Vec<(HistoryKey, SystemTime, StoredMessages)>,
     /// What could not be read, for a person.
     pub left_out: Vec<String>,
 }
 
 /// Why something was not kept.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the store failed: {0}")]
-pub struct StoreError(pub Arc<str>);
+pub enum StoreError {
+    /// [`PENDING_BYTES`] wait for the disk.
+    #[error("the store is behind: too much waits to be written to disk")]
+    Behind,
+    /// The disk or the engine refuses; the broker tries again by itself.
+    #[error("the store failed: {0}")]
+    Failed(Arc<str>),
+}
 
 /// A storage engine. A commit that returned is there after a power loss, whole or not at all.
 pub trait Engine: Send + 'static {
@@ -189,9 +238,17 @@ impl Store {
         inner.wake.notify_one();
     }
 
-    /// Whether there is room for what a publisher brings.
-    pub fn has_room(&self) -> bool {
-        self.inner().bytes.load(Ordering::Relaxed) < PENDING_BYTES
+    /// Whether the store can take what a publisher brings.
+    ///
+    /// # Errors
+    /// It is failing, or behind.
+    #[inline]
+    pub fn check(&self) -> Result<(), StoreError> {
+        if self.inner().bytes.load(Ordering::Relaxed) < PENDING_BYTES {
+            Ok(())
+        } else {
+            Err(StoreError::Behind)
+        }
     }
 
     /// A receipt for everything put so far.
@@ -199,7 +256,7 @@ impl Store {
         let (sender, receiver) = oneshot::channel();
         let mut pending = self.inner().pending.lock();
         if pending.closed {
-            let _ = sender.send(Err(StoreError("it is closed".into())));
+            let _ = sender.send(Err(StoreError::Failed("it is closed".into())));
         } else {
             pending.waiters.push(sender);
         }
@@ -218,7 +275,7 @@ impl Store {
         self.inner().wake.notify_one();
         let synced = synced
             .await
-            .unwrap_or_else(|_| Err(StoreError("it was closed before".into())));
+            .unwrap_or_else(|_| Err(StoreError::Failed("it was closed before".into())));
         self.inner().ended.cancelled().await;
         synced
     }

@@ -153,7 +153,7 @@ impl Publishing {
         let reached = self.publisher.reached(Durability::Default, stored);
         match self.publisher.synced().filter(|_| reached.is_none()) {
             Some(synced) => self.waiting.push_back(Box::pin(async move {
-                let closed = || Err(StoreError("it was closed".into()));
+                let closed = || Err(StoreError::Failed("it was closed".into()));
                 (synced.await.unwrap_or_else(|_| closed()), answers)
             })),
             None if self.waiting.is_empty() => output.append(answers),

@@ -345,8 +345,8 @@ impl Ingest {
                 let synced = match synced {
                     Some(synced) => synced
                         .await
-                        .unwrap_or_else(|_| Err(StoreError("it was closed".into()))),
-                    None => Err(StoreError("there is none".into())),
+                        .unwrap_or_else(|_| Err(StoreError::Failed("it was closed".into()))),
+                    None => Err(StoreError::Failed("there is none".into())),
                 };
                 let status =
                     synced.map_err(|error| Status::new(Code::ResourceExhausted, error.to_string()));

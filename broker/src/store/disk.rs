@@ -1,14 +1,16 @@
 //! The embedded engine: fjall, a log-structured store whose journal is fsynced once per commit.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
-use super::record::{decode_json, encode_batch, encode_json};
+use super::record::{
+    decode_history, decode_json, decode_message_id, encode_batch, encode_history, encode_json,
+    encode_message_id,
+};
 use super::{
-    Change, Engine, Loaded, QueueKey, StoreError, StoredMessages, StoredSession,
+    Change, Engine, HistoryKey, Loaded, QueueKey, StoreError, StoredMessages, StoredSession,
     StoredSubscription, unix_ms,
 };
 
@@ -23,6 +25,9 @@ const JOURNAL_BYTES: u64 = 64 << 20;
 /// its journals can go sooner.
 const MEMTABLE_BYTES: u64 = 16 << 20;
 
+/// Longest key of the engine, less room for what [`bounded`] puts in place of the rest.
+const KEY_BYTES: usize = 60_000;
+
 /// A store in a folder.
 pub struct DiskEngine {
     database: Database,
@@ -30,6 +35,8 @@ pub struct DiskEngine {
     subscriptions: Keyspace,
     queues: Keyspace,
     retained: Keyspace,
+    message_ids: Keyspace,
+    history: Keyspace,
 }
 
 impl std::fmt::Debug for DiskEngine {
@@ -39,7 +46,7 @@ impl std::fmt::Debug for DiskEngine {
 }
 
 fn failed(error: impl std::fmt::Display) -> StoreError {
-    StoreError(error.to_string().into())
+    StoreError::Failed(error.to_string().into())
 }
 
 impl DiskEngine {
@@ -84,6 +91,8 @@ impl DiskEngine {
             subscriptions: keyspace("subscriptions")?,
             queues: keyspace("queues")?,
             retained: keyspace("retained")?,
+            message_ids: keyspace("message-ids")?,
+            history: keyspace("history")?,
             database,
         })
     }
@@ -150,7 +159,39 @@ impl DiskEngine {
                 Change::RemoveRetained(tenant, topic) => {
                     batch.remove(&self.retained, retained_key(tenant, topic));
                 }
+                Change::PutMessageId {
+                    tenant,
+                    publisher,
+                    id,
+                    until,
+                } => {
+                    let key = message_id_key(tenant, publisher, id);
+                    let record = encode_message_id(tenant, publisher, id, *until);
+                    batch.insert(&self.message_ids, key, record);
+                }
+                Change::RemoveMessageId {
+                    tenant,
+                    publisher,
+                    id,
+                } => {
+                    let key = message_id_key(tenant, publisher, id);
+                    batch.remove(&self.message_ids, key);
+                }
+                Change::PutHistory(key, messages, published) => {
+                    let record = encode_history(*published, &encode_batch(messages, now, clock));
+                    batch.insert(&self.history, history_key(key), record);
+                }
+                Change::RemoveHistory(key) => batch.remove(&self.history, history_key(key)),
             }
+        }
+        batch.commit()
+    }
+
+    /// Removes message ids.
+    fn forget(&self, keys: &[Vec<u8>]) -> fjall::Result<()> {
+        let mut batch = self.database.batch();
+        for key in keys {
+            batch.remove(&self.message_ids, key.as_slice());
         }
         batch.commit()
     }
@@ -201,6 +242,45 @@ impl Engine for DiskEngine {
                 Ok(())
             },
         );
+        let clock = SystemTime::now();
+        let mut past = Vec::new();
+        scan(
+            &self.message_ids,
+            "message id",
+            &mut left_out,
+            |key, value| {
+                let id = decode_message_id(value).map_err(|error| error.to_string())?;
+                if id.until > clock {
+                    loaded.message_ids.push(id);
+                } else {
+                    past.push(key.to_vec());
+                }
+                Ok(())
+            },
+        );
+        if let Err(error) = guarded(|| self.forget(&past).map_err(failed)) {
+            // They are found past again at the next start.
+            tracing::warn!(%error, "message ids that are past could not be removed");
+        }
+        scan(
+            &self.history,
+            "batch of a topic's history",
+            &mut left_out,
+            |key, value| {
+                let (tenant, sequence) = split_history_key(key).ok_or("its key is damaged")?;
+                let (published, messages) =
+                    decode_history(value).map_err(|error| error.to_string())?;
+                let key = HistoryKey {
+                    tenant: tenant.into(),
+                    topic: messages.topic.as_str().into(),
+                    sequence,
+                };
+                loaded.history.push((key, published, messages));
+                Ok(())
+            },
+        );
+        // Past damage the scan goes backwards.
+        loaded.history.sort_by(|(a, ..), (b, ..)| a.cmp(b));
         loaded.sessions = sessions.into_values().collect();
         loaded.left_out = left_out;
         loaded
@@ -247,7 +327,7 @@ fn scan(
 /// Turns a panic of the engine, which damaged files can cause, into an error.
 fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(StoreError(Arc::from("the engine panicked"))))
+        .unwrap_or_else(|_| Err(failed("the engine panicked")))
 }
 
 fn set_aside(folder: &Path) -> std::io::Result<PathBuf> {
@@ -280,5 +360,45 @@ fn subscription_key(session: u64, id: u32) -> [u8; 12] {
 
 /// Neither part can hold a zero byte.
 fn retained_key(tenant: &str, topic: &str) -> Vec<u8> {
-    [tenant.as_bytes(), &[0], topic.as_bytes()].concat()
+    bounded([tenant.as_bytes(), &[0], topic.as_bytes()].concat())
+}
+
+/// Only the id can hold a zero byte.
+fn message_id_key(tenant: &str, publisher: &str, id: &[u8]) -> Vec<u8> {
+    bounded([tenant.as_bytes(), &[0], publisher.as_bytes(), &[0], id].concat())
+}
+
+/// Bytes that sort as the keys do, but for topics that are too long to be keys. Neither tenant nor
+/// topic can hold a zero byte.
+fn history_key(key: &HistoryKey) -> Vec<u8> {
+    let mut bytes = bounded([key.tenant.as_bytes(), &[0], key.topic.as_bytes()].concat());
+    bytes.push(0);
+    bytes.extend_from_slice(&key.sequence.to_be_bytes());
+    bytes
+}
+
+/// The tenant and the sequence of a key; the topic is in the record.
+fn split_history_key(key: &[u8]) -> Option<(&str, u64)> {
+    let (rest, sequence) = key.split_last_chunk()?;
+    let tenant = rest.split(|&byte| byte == 0).next()?;
+    Some((
+        std::str::from_utf8(tenant).ok()?,
+        u64::from_be_bytes(*sequence),
+    ))
+}
+
+/// A key that the engine takes. Of one that is too long, a hash stands for the end: the record
+/// holds all of it, and no two that a peer would use have the same.
+fn bounded(mut key: Vec<u8>) -> Vec<u8> {
+    if key.len() > KEY_BYTES {
+        let hash = key[KEY_BYTES..].iter().fold(
+            0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128,
+            |hash, &byte| {
+                (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+            },
+        );
+        key.truncate(KEY_BYTES);
+        key.extend_from_slice(&hash.to_be_bytes());
+    }
+    key
 }

@@ -52,6 +52,25 @@ pub struct StoredSubscription {
     pub own_lane: bool,
     /// `default`, `drop_oldest`, `drop_newest` or `disconnect`.
     pub overflow: String,
+    /// Whether retained messages or a replay are still to be sent.
+    #[serde(default)]
+    pub owed: bool,
+    /// Whether QoS 0 messages go in datagrams.
+    #[serde(default)]
+    pub datagrams: bool,
+}
+
+/// An id of a message that is a duplicate when it comes again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredMessageId {
+    /// The tenant.
+    pub tenant: String,
+    /// Identity of the publisher.
+    pub publisher: String,
+    /// The publisher's id of the message.
+    pub id: Bytes,
+    /// Until when it is a duplicate.
+    pub until: SystemTime,
 }
 
 /// One batch as it is kept: nothing in it refers to the process that wrote it.
@@ -137,6 +156,56 @@ fn versioned(bytes: &[u8]) -> Result<&[u8], RecordError> {
         return Err(damaged("its checksum is wrong"));
     }
     Ok(body)
+}
+
+/// An id of a message as bytes.
+pub(crate) fn encode_message_id(
+    tenant: &str,
+    publisher: &str,
+    id: &[u8],
+    until: SystemTime,
+) -> Vec<u8> {
+    let mut out = BytesMut::with_capacity(tenant.len() + publisher.len() + id.len() + 32);
+    out.put_bytes(0, PREFIX);
+    out.put_u64(unix_ms(until));
+    for part in [tenant.as_bytes(), publisher.as_bytes(), id] {
+        put_bytes(&mut out, part);
+    }
+    let mut record = out.to_vec();
+    seal(&mut record);
+    record
+}
+
+/// An id of a message from bytes.
+pub(crate) fn decode_message_id(bytes: &[u8]) -> Result<StoredMessageId, RecordError> {
+    let mut body = Bytes::copy_from_slice(versioned(bytes)?);
+    let until = body.try_get_u64().map_err(|_| damaged("it ends early"))?;
+    Ok(StoredMessageId {
+        tenant: take_text(&mut body)?,
+        publisher: take_text(&mut body)?,
+        id: take_bytes(&mut body)?,
+        until: from_unix_ms(until),
+    })
+}
+
+/// A batch of a topic's history as bytes: the record of the batch behind the time it was published.
+pub(crate) fn encode_history(published: SystemTime, batch: &[u8]) -> Vec<u8> {
+    let mut record = vec![0; PREFIX];
+    record.extend_from_slice(&unix_ms(published).to_be_bytes());
+    record.extend_from_slice(batch);
+    seal(&mut record);
+    record
+}
+
+/// A batch of a topic's history from bytes.
+pub(crate) fn decode_history(bytes: &[u8]) -> Result<(SystemTime, StoredMessages), RecordError> {
+    let (published, batch) = versioned(bytes)?
+        .split_first_chunk()
+        .ok_or_else(|| damaged("it ends early"))?;
+    Ok((
+        from_unix_ms(u64::from_be_bytes(*published)),
+        decode_batch(batch)?,
+    ))
 }
 
 /// A batch as bytes; `now` and `clock` are the same moment, to turn its expiry into a date.

@@ -8,6 +8,7 @@ use selvedge_proto::lane::{self, Flags};
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::topic::TopicName;
 
+use super::super::{StoredMessageId, from_unix_ms};
 use super::*;
 use crate::batch::{Batch, Flow};
 
@@ -115,6 +116,137 @@ fn what_was_committed_is_there_after_reopening() {
     drop(engine);
     let loaded = DiskEngine::open(folder.path()).unwrap().0.load();
     assert!(loaded.sessions.is_empty() && loaded.queues.is_empty());
+}
+
+fn history(topic: &str, sequence: u64) -> HistoryKey {
+    HistoryKey {
+        tenant: "acme".into(),
+        topic: topic.into(),
+        sequence,
+    }
+}
+
+/// The same batch on another topic.
+fn batch_on(topic: &str, sequence: u64) -> Arc<Batch> {
+    let batch = batch(sequence);
+    let publisher = batch.flow.publisher.clone();
+    let flow = Flow::new(1, TopicName::parse(topic).unwrap(), publisher, 1);
+    Arc::new(Batch {
+        flow: Arc::new(flow),
+        frames: batch.frames.clone(),
+        payload: Bytes::new(),
+        ..*batch
+    })
+}
+
+#[test]
+fn message_ids_are_there_after_reopening_until_they_are_past() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
+    let clock = from_unix_ms(unix_ms(SystemTime::now()));
+    let hour = std::time::Duration::from_secs(3600);
+    let put = |id: &'static [u8], until| Change::PutMessageId {
+        tenant: "acme".into(),
+        publisher: "spiffe://example.org/acme/s/p".into(),
+        id: Bytes::from_static(id),
+        until,
+    };
+    let remove = Change::RemoveMessageId {
+        tenant: "acme".into(),
+        publisher: "spiffe://example.org/acme/s/p".into(),
+        id: Bytes::from_static(b"removed"),
+    };
+    let changes = [
+        put(b"\0kept", clock + hour),
+        put(b"past", clock - hour),
+        put(b"removed", clock + hour),
+        remove,
+    ];
+    engine.commit(&changes).unwrap();
+    drop(engine);
+
+    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
+    let loaded = engine.load();
+    assert!(loaded.left_out.is_empty(), "{:?}", loaded.left_out);
+    let want = StoredMessageId {
+        tenant: "acme".into(),
+        publisher: "spiffe://example.org/acme/s/p".into(),
+        id: Bytes::from_static(b"\0kept"),
+        until: clock + hour,
+    };
+    assert_eq!(loaded.message_ids, [want]);
+    assert_eq!(engine.message_ids.iter().count(), 1);
+}
+
+#[test]
+fn history_is_there_after_reopening_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
+    let published = from_unix_ms(1_700_000_000_000);
+    let long = format!("line/{}", "x".repeat(65_000));
+    let topics = ["line", "line/2", long.as_str()];
+    let mut changes = Vec::new();
+    for topic in topics {
+        for sequence in [256, 3, 1] {
+            let batch = batch_on(topic, sequence);
+            changes.push(Change::PutHistory(
+                history(topic, sequence),
+                batch,
+                published,
+            ));
+        }
+        changes.push(Change::RemoveHistory(history(topic, 3)));
+    }
+    changes.push(Change::PutRetained("acme".into(), batch_on(&long, 7)));
+    engine.commit(&changes).unwrap();
+    drop(engine);
+
+    let loaded = DiskEngine::open(folder.path()).unwrap().0.load();
+    assert!(loaded.left_out.is_empty(), "{:?}", loaded.left_out);
+    let found: Vec<_> = loaded.history.iter().map(|(key, ..)| key.clone()).collect();
+    let mut want: Vec<_> = topics
+        .into_iter()
+        .flat_map(|topic| [history(topic, 1), history(topic, 256)])
+        .collect();
+    want.sort();
+    assert_eq!(found, want);
+    for (key, at, stored) in &loaded.history {
+        assert_eq!(*at, published);
+        assert_eq!(stored.messages[0].payload[..], payload(key.sequence)[..]);
+    }
+    assert_eq!(loaded.retained[0].1.topic, long);
+}
+
+#[test]
+fn subscriptions_are_there_after_reopening_and_old_ones_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
+    let subscription = StoredSubscription {
+        id: 3,
+        target: "line/#".into(),
+        max_qos: 1,
+        no_local: false,
+        retain_as_published: false,
+        identifier: None,
+        own_lane: true,
+        overflow: "default".into(),
+        owed: true,
+        datagrams: true,
+    };
+    let put = Change::PutSubscription(SESSION, subscription.clone());
+    engine
+        .commit(&[Change::PutSession(session()), put])
+        .unwrap();
+    drop(engine);
+    let loaded = DiskEngine::open(folder.path()).unwrap().0.load();
+    assert_eq!(loaded.sessions, [(session(), vec![subscription])]);
+
+    let old = serde_json::json!({
+        "id": 3, "target": "line/#", "max_qos": 1, "no_local": false, "retain_as_published": false,
+        "identifier": null, "own_lane": false, "overflow": "default",
+    });
+    let read: StoredSubscription = decode_json(&encode_json(&old)).unwrap();
+    assert!(!read.owed && !read.datagrams);
 }
 
 #[test]
