@@ -6,6 +6,8 @@ pub mod link;
 pub mod log;
 pub mod mqtt;
 pub mod pki;
+#[cfg(target_os = "linux")]
+pub mod power;
 pub mod raw;
 pub mod sim;
 pub mod wait;
