@@ -1,4 +1,5 @@
-//! A certificate authority for one trust domain, kept in a directory of two files.
+//! A certificate authority for one trust domain, kept in a directory: certificate, key and, once it
+//! has withdrawn something, its revocation list.
 
 use std::fmt;
 use std::io;
@@ -19,9 +20,13 @@ use crate::identity::{Identity, IdentityError, TrustDomain};
 use crate::tls::provider;
 
 mod files;
+mod revoke;
+
+pub use revoke::RevocationFile;
 
 const CA_CERT: &str = "ca.pem";
 const CA_KEY: &str = "ca.key";
+const REVOCATIONS: &str = "crl.pem";
 const LEAF_CERT: &str = "cert.pem";
 const LEAF_KEY: &str = "key.pem";
 
@@ -192,6 +197,10 @@ impl Authority {
             (CA_KEY, &key_pem),
             overwrite,
         )?;
+        if overwrite == Overwrite::Yes {
+            // The list of the authority that was replaced: the new one has withdrawn nothing.
+            files::remove(&dir.join(REVOCATIONS))?;
+        }
         Ok(authority)
     }
 
@@ -412,7 +421,7 @@ pub enum AuthorityError {
     /// A file cannot be read or written.
     #[error("cannot {action} {}: {source}", .path.display())]
     File {
-        /// `read`, `write` or `create`.
+        /// `read`, `write`, `create`, `remove`, `open` or `lock`.
         action: &'static str,
         /// The file.
         path: PathBuf,
@@ -426,6 +435,16 @@ pub enum AuthorityError {
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A certificate to be withdrawn is another authority's.
+    #[error(
+        "certificate {certificate} was issued by another authority ({issuer}); only the one that issued it can revoke it"
+    )]
+    NotIssuedHere {
+        /// The certificate in a few words.
+        certificate: String,
+        /// The issuer it names.
+        issuer: String,
     },
     /// A certificate just read or issued does not load.
     #[error(transparent)]

@@ -17,7 +17,9 @@ use rustls::{InconsistentKeys, SignatureScheme};
 
 use crate::certificate;
 use crate::identity::{Identity, IdentityError};
+use crate::revocation::Revocations;
 use crate::tls::provider;
+use crate::verify::{self, CertificateRefused};
 
 /// A certificate chain, its private key and the identity it proves. Cheap to clone.
 ///
@@ -185,7 +187,8 @@ impl ResolvesClientCert for ReloadableCredentials {
     }
 }
 
-/// The authorities whose certificates are accepted. Clones share one replaceable list.
+/// The authorities whose certificates are accepted, and what they have withdrawn. Clones share one
+/// replaceable list.
 #[derive(Clone)]
 pub struct TrustAnchors(Arc<RwLock<Arc<Anchors>>>);
 
@@ -198,6 +201,61 @@ impl TrustAnchors {
     /// Reads every certificate of a PEM text.
     pub fn from_pem(pem: &[u8]) -> Result<Self, LoadError> {
         Self::read(&Origin("trust anchors".into()), pem)
+    }
+
+    /// The same authorities without what the revocation lists of a PEM file withdraw. What was
+    /// withdrawn by other lists before is no longer.
+    ///
+    /// An authority without a list withdraws nothing. A list past its next update is taken with a
+    /// warning in the log. The result shares nothing with `self`.
+    ///
+    /// # Errors
+    /// There is no list, one is damaged, or one is signed by none of these authorities.
+    pub fn with_revocations_of_file(&self, path: &Path) -> Result<Self, LoadError> {
+        self.with_revocations(&Origin::file(path), &read(path)?)
+    }
+
+    /// As [`Self::with_revocations_of_file`], from a PEM text.
+    ///
+    /// # Errors
+    /// As [`Self::with_revocations_of_file`].
+    pub fn with_revocations_of_pem(&self, pem: &[u8]) -> Result<Self, LoadError> {
+        self.with_revocations(&Origin("revocation list".into()), pem)
+    }
+
+    /// How many certificates are withdrawn.
+    pub fn revoked(&self) -> usize {
+        self.current().revocations.len()
+    }
+
+    /// Whether every authority that `other` trusts now is trusted here, too.
+    pub fn includes(&self, other: &TrustAnchors) -> bool {
+        let here = self.current();
+        let there = other.current();
+        there
+            .certificates
+            .iter()
+            .all(|authority| here.certificates.contains(authority))
+    }
+
+    /// Judges a client's chain, leaf first, as a handshake at `now` would.
+    ///
+    /// # Errors
+    /// What the handshake would end with.
+    pub fn check_client(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<(), CertificateRefused> {
+        verify::check_client(&self.current(), chain, now)
+    }
+
+    /// Looks only for what has been withdrawn in a chain that was let in before. Cheap.
+    ///
+    /// # Errors
+    /// The leaf or a certificate above it is withdrawn.
+    pub fn check_revoked(&self, chain: &[CertificateDer<'_>]) -> Result<(), CertificateRefused> {
+        verify::check_revoked(&self.current(), chain)
     }
 
     /// Trusts what `other` trusts now, and nothing else, from the next handshake on. Every
@@ -219,8 +277,9 @@ impl TrustAnchors {
     fn read(origin: &Origin, pem: &[u8]) -> Result<Self, LoadError> {
         let mut roots = RootCertStore::empty();
         let mut subjects = Vec::new();
-        for der in certificates(origin, pem)? {
-            let parsed = certificate::parse(&der).map_err(|source| LoadError::Identity {
+        let certificates = certificates(origin, pem)?;
+        for der in &certificates {
+            let parsed = certificate::parse(der).map_err(|source| LoadError::Identity {
                 origin: origin.0.clone(),
                 source,
             })?;
@@ -233,17 +292,35 @@ impl TrustAnchors {
                 );
             }
             subjects.push(subject);
-            roots.add(der).map_err(|error| LoadError::UnusableAnchor {
-                origin: origin.0.clone(),
-                reason: error.to_string(),
-            })?;
+            roots
+                .add(der.clone())
+                .map_err(|error| LoadError::UnusableAnchor {
+                    origin: origin.0.clone(),
+                    reason: error.to_string(),
+                })?;
         }
-        let anchors = Anchors::new(Arc::new(roots), subjects).map_err(|reason| {
+        let anchors = Anchors::new(Arc::new(roots), certificates, subjects).map_err(|reason| {
             LoadError::UnusableAnchor {
                 origin: origin.0.clone(),
                 reason,
             }
         })?;
+        Ok(Self(Arc::new(RwLock::new(Arc::new(anchors)))))
+    }
+
+    fn with_revocations(&self, origin: &Origin, pem: &[u8]) -> Result<Self, LoadError> {
+        let current = self.current();
+        let revocations = Revocations::read(
+            origin,
+            pem,
+            &current.certificates,
+            &current.roots,
+            SystemTime::now(),
+        )?;
+        let anchors = Anchors {
+            revocations: Arc::new(revocations),
+            ..Anchors::clone(&current)
+        };
         Ok(Self(Arc::new(RwLock::new(Arc::new(anchors)))))
     }
 }
@@ -262,23 +339,38 @@ impl fmt::Debug for TrustAnchors {
     }
 }
 
-/// One list of authorities with the chain verifiers built from it.
+/// One list of authorities with the chain verifiers built from it, and what they have withdrawn.
+///
+/// The verifiers do not know of the revocations. Theirs would take the first list of an
+/// authority's name, and so refuse everybody while two keys of one name are trusted, and they do
+/// not judge connections that are open.
+#[derive(Clone)]
 pub(crate) struct Anchors {
     subjects: Vec<String>,
+    certificates: Vec<CertificateDer<'static>>,
+    roots: Arc<RootCertStore>,
+    pub(crate) revocations: Arc<Revocations>,
     pub(crate) clients: Arc<dyn ClientCertVerifier>,
     pub(crate) servers: Arc<WebPkiServerVerifier>,
 }
 
 impl Anchors {
-    fn new(roots: Arc<RootCertStore>, subjects: Vec<String>) -> Result<Self, String> {
+    fn new(
+        roots: Arc<RootCertStore>,
+        certificates: Vec<CertificateDer<'static>>,
+        subjects: Vec<String>,
+    ) -> Result<Self, String> {
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
             .build()
             .map_err(|error| error.to_string())?;
-        let servers = WebPkiServerVerifier::builder_with_provider(roots, provider())
+        let servers = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider())
             .build()
             .map_err(|error| error.to_string())?;
         Ok(Self {
             subjects,
+            certificates,
+            roots,
+            revocations: Arc::default(),
             clients,
             servers,
         })
@@ -367,6 +459,22 @@ pub enum LoadError {
         /// What the TLS library said.
         reason: String,
     },
+    /// No revocation list where one should be.
+    #[error("{origin} holds no revocation list: expected a PEM section X509 CRL, found {found}")]
+    NoRevocationList {
+        /// Where it came from.
+        origin: String,
+        /// The PEM sections that are there instead.
+        found: String,
+    },
+    /// A revocation list that is damaged, not understood or not signed by a trusted authority.
+    #[error("{origin} cannot be used as revocation list: {reason}")]
+    UnusableRevocationList {
+        /// Where it came from.
+        origin: String,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 /// How messages call the place some PEM came from.
@@ -417,7 +525,10 @@ fn private_key(origin: &Origin, pem: &[u8]) -> Result<PrivateKeyDer<'static>, Lo
     }
 }
 
-fn sections(origin: &Origin, pem: &[u8]) -> Result<Vec<(SectionKind, Vec<u8>)>, LoadError> {
+pub(crate) fn sections(
+    origin: &Origin,
+    pem: &[u8],
+) -> Result<Vec<(SectionKind, Vec<u8>)>, LoadError> {
     <(SectionKind, Vec<u8>)>::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .map_err(|error| {
@@ -437,7 +548,7 @@ fn sections(origin: &Origin, pem: &[u8]) -> Result<Vec<(SectionKind, Vec<u8>)>, 
 }
 
 /// The kinds of the sections for a message; never their contents.
-fn describe(sections: &[(SectionKind, Vec<u8>)], pem: &[u8]) -> String {
+pub(crate) fn describe(sections: &[(SectionKind, Vec<u8>)], pem: &[u8]) -> String {
     if sections.is_empty() {
         return if pem.is_empty() {
             "an empty text".into()

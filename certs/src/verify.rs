@@ -15,7 +15,7 @@ use rustls::{
 use x509_parser::certificate::X509Certificate;
 
 use crate::certificate::{self, date, printable};
-use crate::credentials::TrustAnchors;
+use crate::credentials::{Anchors, TrustAnchors};
 use crate::identity::{Identity, IdentityError, TrustDomain};
 use crate::inspect;
 use crate::tls::{ServerIdentity, provider};
@@ -51,7 +51,8 @@ pub fn peer_certificate_description(certs: &[CertificateDer<'_>]) -> String {
     }
 }
 
-fn peer_certificates(
+/// The chain that the peer of an established QUIC connection presented, leaf first.
+pub fn peer_certificates(
     connection: &quinn::Connection,
 ) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
     connection
@@ -162,6 +163,11 @@ pub enum RefusalReason {
     /// It was withdrawn by its authority.
     #[error("was revoked by its authority; issue a new one")]
     Revoked,
+    /// A certificate between it and the authority was withdrawn.
+    #[error(
+        "an intermediate certificate of its chain was revoked by its authority; issue a new one under another"
+    )]
+    ChainRevoked,
     /// It cannot be decoded.
     #[error("cannot be read as X.509; issue a new one")]
     Malformed,
@@ -181,6 +187,73 @@ pub fn refusal_of_tls(error: &rustls::Error) -> Option<&CertificateRefused> {
 /// The refusal inside an I/O error, as TLS streams over TCP report it.
 pub fn refusal_of_io(error: &io::Error) -> Option<&CertificateRefused> {
     refusal_of_tls(error.get_ref()?.downcast_ref()?)
+}
+
+/// Whether a QUIC handshake ended because this end found a certificate of the peer revoked.
+pub fn was_revoked(error: &quinn::ConnectionError) -> bool {
+    // All that quinn keeps of a verifier's error is its text.
+    let quinn::ConnectionError::TransportError(ours) = error else {
+        return false;
+    };
+    unwrap(&ours.reason).is_some_and(|sentence| {
+        [RefusalReason::Revoked, RefusalReason::ChainRevoked]
+            .iter()
+            .any(|reason| sentence.ends_with(&reason.to_string()))
+    })
+}
+
+/// Judges a client's chain, leaf first, as a handshake at `now` would.
+pub(crate) fn check_client(
+    anchors: &Anchors,
+    chain: &[CertificateDer<'_>],
+    now: SystemTime,
+) -> Result<(), CertificateRefused> {
+    let Some((leaf, intermediates)) = chain.split_first() else {
+        return Err(unreadable());
+    };
+    let now = now.duration_since(SystemTime::UNIX_EPOCH);
+    let now = UnixTime::since_unix_epoch(now.unwrap_or_default());
+    let parsed = certificate::parse(leaf).map_err(|_| unreadable())?;
+    let verdict = anchors.clients.verify_client_cert(leaf, intermediates, now);
+    verdict.map_err(|error| CertificateRefused {
+        certificate: certificate::title(&parsed),
+        reason: reason_of(&parsed, error, "client authentication", now),
+    })?;
+    check_revoked(anchors, chain)
+}
+
+/// Looks for certificates that were withdrawn in a chain, leaf first.
+///
+/// Every certificate presented counts, whether or not the path to an authority leads over it.
+pub(crate) fn check_revoked(
+    anchors: &Anchors,
+    chain: &[CertificateDer<'_>],
+) -> Result<(), CertificateRefused> {
+    if anchors.revocations.is_empty() {
+        return Ok(());
+    }
+    let Some((leaf, intermediates)) = chain.split_first() else {
+        return Err(unreadable());
+    };
+    let leaf = certificate::parse(leaf).map_err(|_| unreadable())?;
+    let refused = |reason| CertificateRefused {
+        certificate: certificate::title(&leaf),
+        reason,
+    };
+    if anchors.revocations.withdraw(&leaf) {
+        return Err(refused(RefusalReason::Revoked));
+    }
+    for intermediate in intermediates {
+        match certificate::parse(intermediate) {
+            Ok(parsed) if anchors.revocations.withdraw(&parsed) => {
+                return Err(refused(RefusalReason::ChainRevoked));
+            }
+            Ok(_) => {}
+            // What cannot be read cannot be looked up, and may be what was withdrawn.
+            Err(_) => return Err(refused(RefusalReason::Malformed)),
+        }
+    }
+    Ok(())
 }
 
 /// Why a QUIC connection ended, for people at either end of it.
@@ -260,15 +333,16 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verdict =
-            self.anchors
-                .current()
-                .clients
-                .verify_client_cert(end_entity, intermediates, now);
+        // Once, so that authorities and revocations are of one moment.
+        let anchors = self.anchors.current();
+        let verdict = anchors
+            .clients
+            .verify_client_cert(end_entity, intermediates, now);
         let leaf = read_leaf(end_entity)?;
         let verified = verdict.map_err(|error| {
             refuse(&leaf, reason_of(&leaf, error, "client authentication", now))
         })?;
+        check_revoked(&anchors, &chain(end_entity, intermediates)).map_err(refusal)?;
         let identity = certificate::identity(&leaf)
             .map_err(|error| refuse(&leaf, RefusalReason::NoIdentity(error)))?;
         match &self.trust_domain {
@@ -335,7 +409,8 @@ impl ServerCertVerifier for ServerVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let verdict = self.anchors.current().servers.verify_server_cert(
+        let anchors = self.anchors.current();
+        let verdict = anchors.servers.verify_server_cert(
             end_entity,
             intermediates,
             server_name,
@@ -346,6 +421,7 @@ impl ServerCertVerifier for ServerVerifier {
         let verified = verdict.map_err(|error| {
             refuse(&leaf, reason_of(&leaf, error, "server authentication", now))
         })?;
+        check_revoked(&anchors, &chain(end_entity, intermediates)).map_err(refusal)?;
         if self.identity == ServerIdentity::Spiffe {
             certificate::identity(&leaf)
                 .map_err(|error| refuse(&leaf, RefusalReason::NoIdentity(error)))?;
@@ -381,12 +457,25 @@ impl ServerCertVerifier for ServerVerifier {
 }
 
 fn read_leaf<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, rustls::Error> {
-    certificate::parse(der).map_err(|_| {
-        refusal(CertificateRefused {
-            certificate: "of the peer".into(),
-            reason: RefusalReason::Malformed,
-        })
-    })
+    certificate::parse(der).map_err(|_| refusal(unreadable()))
+}
+
+fn unreadable() -> CertificateRefused {
+    CertificateRefused {
+        certificate: "of the peer".into(),
+        reason: RefusalReason::Malformed,
+    }
+}
+
+/// What a peer presented as one list. Borrows the bytes.
+fn chain<'a>(
+    leaf: &'a CertificateDer<'_>,
+    intermediates: &'a [CertificateDer<'_>],
+) -> Vec<CertificateDer<'a>> {
+    std::iter::once(leaf)
+        .chain(intermediates)
+        .map(|der| CertificateDer::from(der.as_ref()))
+        .collect()
 }
 
 fn refuse(leaf: &X509Certificate<'_>, reason: RefusalReason) -> rustls::Error {

@@ -1,4 +1,4 @@
-//! Writing a certificate and its key so that each file appears whole, with its mode, or not at all.
+//! Writing the files of an authority so that each appears whole, with its mode, or not at all.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -32,6 +32,35 @@ pub(super) fn write_pair(
     create_dir(dir)?;
     write(&key_path, key.1, OWNER_ONLY, overwrite)?;
     write(&cert_path, cert.1, READABLE, overwrite)
+}
+
+/// Writes what everybody may read over what is there.
+pub(super) fn replace(path: &Path, text: &str) -> Result<(), AuthorityError> {
+    write(path, text, READABLE, Overwrite::Yes)
+}
+
+/// The text of a file, or nothing if there is no such file.
+pub(super) fn read_if_there(path: &Path) -> Result<Option<String>, AuthorityError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed("read", path)(error)),
+    }
+}
+
+/// Removes a file that may not be there.
+pub(super) fn remove(path: &Path) -> Result<(), AuthorityError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Keeps other processes from what the authority's key guards, until it is dropped.
+pub(super) fn lock(path: &Path) -> Result<File, AuthorityError> {
+    let file = File::open(path).map_err(failed("open", path))?;
+    file.lock().map_err(failed("lock", path))?;
+    Ok(file)
 }
 
 pub(super) fn read(path: &Path) -> Result<String, AuthorityError> {

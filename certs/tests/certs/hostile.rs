@@ -31,7 +31,7 @@ fn read_in_every_way(der: &[u8]) -> Result<(), TestCaseError> {
     let _ = peer_identity(&certificates);
     let description = peer_certificate_description(&certificates);
     prop_assert!(!description.contains(char::is_control), "{description:?}");
-    let pem = pem_of(der);
+    let pem = pem_of("CERTIFICATE", der);
     match explain(pem.as_bytes(), SystemTime::now()) {
         Ok(summaries) => {
             for summary in summaries {
@@ -51,9 +51,9 @@ fn read_in_every_way(der: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn pem_of(der: &[u8]) -> String {
+pub(crate) fn pem_of(kind: &str, der: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    let mut text = format!("-----BEGIN {kind}-----\n");
     for chunk in der.chunks(3) {
         let word = chunk
             .iter()
@@ -68,7 +68,7 @@ fn pem_of(der: &[u8]) -> String {
             }
         }
     }
-    text + "\n-----END CERTIFICATE-----\n"
+    format!("{text}\n-----END {kind}-----\n")
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn the_specimen_itself_reads_well() {
             .name(),
         "broker-1"
     );
-    assert!(Credentials::from_pem(pem_of(der).as_bytes(), key.as_bytes()).is_ok());
+    assert!(Credentials::from_pem(pem_of("CERTIFICATE", der).as_bytes(), key.as_bytes()).is_ok());
     assert!(peer_identity(&[]).is_err());
 }
 
@@ -120,7 +120,7 @@ proptest! {
         let position = position.index(bytes.len());
         bytes[position] = value;
         let secret = key.lines().nth(1).unwrap();
-        let cert = pem_of(&specimen().0);
+        let cert = pem_of("CERTIFICATE", &specimen().0);
         for (cert, key) in [(cert.as_bytes(), bytes.as_slice()), (bytes.as_slice(), bytes.as_slice())] {
             if let Err(error) = Credentials::from_pem(cert, key) {
                 let shown = format!("{error} {error:?}");

@@ -6,4 +6,5 @@ mod authority;
 mod hostile;
 mod pki;
 mod quic;
+mod revocation;
 mod tcp;

@@ -19,7 +19,7 @@ pub(crate) const SERVER: &[ExtendedKeyUsagePurpose] = &[ExtendedKeyUsagePurpose:
 pub(crate) struct Ca {
     pub(crate) pem: String,
     der: CertificateDer<'static>,
-    issuer: Issuer<'static, KeyPair>,
+    pub(crate) issuer: Issuer<'static, KeyPair>,
 }
 
 impl Ca {

@@ -14,18 +14,18 @@ use time::macros::datetime;
 use crate::pki::{CLIENT, Ca, Issued, Leaf, SERVER};
 
 /// Any protocol will do: these tests are about certificates.
-const ALPN: &[u8] = b"test/1";
+pub(crate) const ALPN: &[u8] = b"test/1";
 
-type Outcome = Result<Connection, ConnectionError>;
+pub(crate) type Outcome = Result<Connection, ConnectionError>;
 
 /// Both ends of one attempt to connect. The endpoints live as long as the caller looks.
-struct Attempt {
-    server: Outcome,
-    client: Outcome,
+pub(crate) struct Attempt {
+    pub(crate) server: Outcome,
+    pub(crate) client: Outcome,
     _endpoints: [Endpoint; 2],
 }
 
-async fn attempt(server: QuicServerConfig, client: QuicClientConfig) -> Attempt {
+pub(crate) async fn attempt(server: QuicServerConfig, client: QuicClientConfig) -> Attempt {
     let any_port: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
     let listener = Endpoint::server(ServerConfig::with_crypto(Arc::new(server)), any_port).unwrap();
     let mut dialler = Endpoint::client(any_port).unwrap();
@@ -44,7 +44,7 @@ async fn attempt(server: QuicServerConfig, client: QuicClientConfig) -> Attempt 
 
 /// Why an end was turned away. In TLS 1.3 a client is done before the server has read its
 /// certificate, so its refusal may come as the end of a connection that seemed open.
-async fn turned_away(outcome: Outcome) -> ConnectionError {
+pub(crate) async fn turned_away(outcome: Outcome) -> ConnectionError {
     match outcome {
         Ok(connection) => connection.closed().await,
         Err(error) => error,
