@@ -4,12 +4,16 @@
 //! Listeners put changes in a list and go on. One thread takes the whole list, writes it as one
 //! commit with one fsync, and then tells everyone who waits: hundreds of publishers share an
 //! fsync, and QoS 0 never comes here.
+//!
+//! A commit that fails, as on a full disk, is tried again until it succeeds, before anything that
+//! came later. Until then whoever waits is refused, so nobody is told that something is kept that
+//! is not.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -20,8 +24,11 @@ use tokio_util::sync::CancellationToken;
 use crate::batch::Batch;
 use crate::metrics::Metrics;
 
+mod compact;
 mod disk;
 mod record;
+#[cfg(test)]
+mod tests;
 
 pub use self::disk::DiskEngine;
 pub(crate) use self::record::instant_of;
@@ -32,6 +39,19 @@ pub use self::record::{
 /// Bytes of changes that may wait for the disk. Beyond it QoS 1 publishers to kept sessions are
 /// refused with RESOURCE_EXHAUSTED and told when to try again, so a slow disk never grows memory.
 pub const PENDING_BYTES: usize = 64 << 20;
+
+/// Wait before the first retry of a failed commit; it doubles with each.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+
+/// Longest wait between retries: what a person who has freed space has to wait.
+const RETRY_LONGEST: Duration = Duration::from_secs(5);
+
+/// Retries of a store that fails while it is being closed, [`RETRY_FIRST`] apart.
+const RETRIES_AT_CLOSE: u32 = 3;
+
+/// Changes that may wait behind a failed commit before those that undo each other are taken out.
+/// QoS 1 publishers are refused then, so what is left is bounded by what the broker holds.
+const COMPACT_AT: usize = 4096;
 
 /// Where one batch of a queue is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -149,8 +169,16 @@ pub trait Engine: Send + 'static {
     /// Writes the changes in order, as one.
     ///
     /// # Errors
-    /// None of them is certain to be kept.
+    /// None of them is certain to be kept. The same may be committed again after
+    /// [`Engine::reopen`].
     fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError>;
+
+    /// Makes the engine ready to commit again after a commit failed. What was committed before is
+    /// still there.
+    ///
+    /// # Errors
+    /// It is still not ready. It may be asked again.
+    fn reopen(&mut self) -> Result<(), StoreError>;
 }
 
 /// Resolves when everything put before is on disk.
@@ -176,6 +204,8 @@ struct Inner {
     pending: Mutex<Pending>,
     /// Cost of the changes that are not on disk yet. Outside the lock, since every QoS 1 message asks.
     bytes: AtomicUsize,
+    /// Whether `Pending::failing` says why. Outside the lock, as `bytes`.
+    failing: AtomicBool,
     wake: Condvar,
     metrics: Arc<Metrics>,
     /// The engine has let go of its files.
@@ -187,6 +217,12 @@ struct Pending {
     changes: Vec<Change>,
     waiters: Vec<oneshot::Sender<Result<(), StoreError>>>,
     closed: bool,
+    /// Why the last commit failed, while it has not succeeded since.
+    failing: Option<StoreError>,
+    /// Changes beyond which those that undo each other are taken out.
+    compact_at: usize,
+    /// What was not written when the thread gave up.
+    lost: Option<StoreError>,
 }
 
 impl Store {
@@ -208,6 +244,7 @@ impl Store {
         let inner = Arc::new(Inner {
             pending: Mutex::default(),
             bytes: AtomicUsize::new(0),
+            failing: AtomicBool::new(false),
             wake: Condvar::new(),
             metrics,
             ended: CancellationToken::new(),
@@ -231,9 +268,20 @@ impl Store {
     /// Puts a change, to be written with the next commit.
     pub fn put(&self, change: Change) {
         let inner = self.inner();
-        inner.bytes.fetch_add(change.cost(), Ordering::Relaxed);
         let mut pending = inner.pending.lock();
+        if pending.lost.is_some() {
+            // Nobody is there to write it.
+            return;
+        }
+        inner.bytes.fetch_add(change.cost(), Ordering::Relaxed);
         pending.changes.push(change);
+        if pending.failing.is_some() && pending.changes.len() >= pending.compact_at {
+            let before: usize = pending.changes.iter().map(Change::cost).sum();
+            pending.changes = compact::compact(std::mem::take(&mut pending.changes));
+            let after: usize = pending.changes.iter().map(Change::cost).sum();
+            inner.bytes.fetch_sub(before - after, Ordering::Relaxed);
+            pending.compact_at = COMPACT_AT.max(2 * pending.changes.len());
+        }
         drop(pending);
         inner.wake.notify_one();
     }
@@ -244,19 +292,27 @@ impl Store {
     /// It is failing, or behind.
     #[inline]
     pub fn check(&self) -> Result<(), StoreError> {
-        if self.inner().bytes.load(Ordering::Relaxed) < PENDING_BYTES {
+        let inner = self.inner();
+        if inner.failing.load(Ordering::Relaxed)
+            && let Some(error) = inner.pending.lock().failing.clone()
+        {
+            return Err(error);
+        }
+        if inner.bytes.load(Ordering::Relaxed) < PENDING_BYTES {
             Ok(())
         } else {
             Err(StoreError::Behind)
         }
     }
 
-    /// A receipt for everything put so far.
+    /// A receipt for everything put so far. While the store fails it says so at once.
     pub fn sync(&self) -> Synced {
         let (sender, receiver) = oneshot::channel();
         let mut pending = self.inner().pending.lock();
         if pending.closed {
             let _ = sender.send(Err(StoreError::Failed("it is closed".into())));
+        } else if let Some(error) = &pending.failing {
+            let _ = sender.send(Err(error.clone()));
         } else {
             pending.waiters.push(sender);
         }
@@ -265,19 +321,18 @@ impl Store {
         receiver
     }
 
-    /// Writes what waits and ends the thread; the folder is free for another broker then.
+    /// Writes what waits and ends the thread; the folder is free for another broker then. A store
+    /// that fails is tried a few times more.
     ///
     /// # Errors
-    /// The last commit failed.
+    /// Not everything was written.
     pub async fn close(&self) -> Result<(), StoreError> {
-        let synced = self.sync();
-        self.inner().pending.lock().closed = true;
-        self.inner().wake.notify_one();
-        let synced = synced
-            .await
-            .unwrap_or_else(|_| Err(StoreError::Failed("it was closed before".into())));
-        self.inner().ended.cancelled().await;
-        synced
+        let inner = self.inner();
+        inner.pending.lock().closed = true;
+        inner.wake.notify_one();
+        inner.ended.cancelled().await;
+        let lost = inner.pending.lock().lost.clone();
+        lost.map_or(Ok(()), Err)
     }
 }
 
@@ -294,23 +349,110 @@ fn run(inner: &Inner, engine: &mut impl Engine) {
         if ending {
             return;
         }
-        let result = if changes.is_empty() {
+        // What is being written counts as pending until it is.
+        let cost: usize = changes.iter().map(Change::cost).sum();
+        let changes = compact::compact(changes);
+        let written = if changes.is_empty() {
             Ok(())
         } else {
             inner.metrics.store_commits.inc();
             engine.commit(&changes)
         };
-        if let Err(error) = &result {
-            inner.metrics.store_errors.inc();
-            tracing::error!(%error, changes = changes.len(), "a commit failed");
+        if let Err(error) = &written {
+            tracing::error!(
+                %error,
+                changes = changes.len(),
+                "a commit failed and will be tried again; QoS 1 is refused until it succeeds"
+            );
+            inner.fail(error);
         }
-        // What is being written counts as pending until it is.
-        let cost: usize = changes.iter().map(Change::cost).sum();
-        inner.bytes.fetch_sub(cost, Ordering::Relaxed);
         for waiter in waiters {
             // A publisher that is gone needs no answer.
-            let _ = waiter.send(result.clone());
+            let _ = waiter.send(written.clone());
         }
+        if written.is_err() && !retry(inner, engine, &changes) {
+            return;
+        }
+        inner.bytes.fetch_sub(cost, Ordering::Relaxed);
+    }
+}
+
+/// Tries a failed commit again until it succeeds, or the store is closed and still fails.
+fn retry(inner: &Inner, engine: &mut impl Engine, changes: &[Change]) -> bool {
+    let since = Instant::now();
+    let mut delay = RETRY_FIRST;
+    let mut retries_at_close = 0;
+    loop {
+        let closed = inner.wait_to_retry(delay);
+        let error = match engine.reopen().and_then(|()| engine.commit(changes)) {
+            Ok(()) => {
+                inner.recovered();
+                let (changes, seconds) = (changes.len(), since.elapsed().as_secs());
+                tracing::warn!(changes, seconds, "the store works again; nothing was lost");
+                return true;
+            }
+            Err(error) => error,
+        };
+        tracing::debug!(%error, "the store still fails");
+        inner.fail(&error);
+        delay = (delay * 2).min(RETRY_LONGEST);
+        if closed {
+            delay = RETRY_FIRST;
+            retries_at_close += 1;
+        }
+        if retries_at_close == RETRIES_AT_CLOSE {
+            let mut pending = inner.pending.lock();
+            let lost = changes.len() + std::mem::take(&mut pending.changes).len();
+            tracing::error!(
+                %error,
+                changes = lost,
+                "the store failed until the end: these changes are lost, none of them acknowledged"
+            );
+            let why = match &error {
+                StoreError::Failed(why) => why,
+                StoreError::Behind => "too much waits",
+            };
+            let why = format!("{lost} changes were not written: {why}");
+            pending.lost = Some(StoreError::Failed(why.into()));
+            return false;
+        }
+    }
+}
+
+impl Inner {
+    /// Tells everyone that the store fails, and those who wait now.
+    fn fail(&self, error: &StoreError) {
+        self.metrics.store_errors.inc();
+        self.metrics.store_failing.set(1);
+        let mut pending = self.pending.lock();
+        if pending.failing.is_none() {
+            pending.compact_at = COMPACT_AT;
+        }
+        pending.failing = Some(error.clone());
+        self.failing.store(true, Ordering::Relaxed);
+        let waiters = std::mem::take(&mut pending.waiters);
+        drop(pending);
+        for waiter in waiters {
+            let _ = waiter.send(Err(error.clone()));
+        }
+    }
+
+    fn recovered(&self) {
+        self.pending.lock().failing = None;
+        self.failing.store(false, Ordering::Relaxed);
+        self.metrics.store_failing.set(0);
+    }
+
+    /// Waits before a retry, no longer than until the store is closed. Says whether it is.
+    fn wait_to_retry(&self, delay: Duration) -> bool {
+        let deadline = Instant::now() + delay;
+        let mut pending = self.pending.lock();
+        let closed_before = pending.closed;
+        // A change that is put wakes it, too.
+        while pending.closed == closed_before
+            && !self.wake.wait_until(&mut pending, deadline).timed_out()
+        {}
+        pending.closed
     }
 }
 

@@ -30,6 +30,13 @@ const KEY_BYTES: usize = 60_000;
 
 /// A store in a folder.
 pub struct DiskEngine {
+    folder: PathBuf,
+    /// Absent when a commit failed and the engine could not be opened since.
+    tables: Option<Tables>,
+}
+
+/// The engine, open.
+struct Tables {
     database: Database,
     sessions: Keyspace,
     subscriptions: Keyspace,
@@ -49,6 +56,50 @@ fn failed(error: impl std::fmt::Display) -> StoreError {
     StoreError::Failed(error.to_string().into())
 }
 
+/// An error of the engine in words.
+fn explain(error: &fjall::Error) -> String {
+    match (io_error(error), error) {
+        (Some(io), _) => io.to_string(),
+        (None, fjall::Error::Poisoned) => {
+            "the engine stopped when writing in the background failed, as on a full disk".to_owned()
+        }
+        (None, error) => error.to_string(),
+    }
+}
+
+/// The system's error behind an error of the engine.
+fn io_error(error: &fjall::Error) -> Option<&std::io::Error> {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref() {
+            return Some(io);
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// Whether the files may well be whole, and the system refuses to let them be used.
+fn is_of_the_system(error: &fjall::Error) -> bool {
+    use std::io::ErrorKind;
+    io_error(error).is_some_and(|io| {
+        matches!(
+            io.kind(),
+            ErrorKind::StorageFull
+                | ErrorKind::QuotaExceeded
+                | ErrorKind::PermissionDenied
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::OutOfMemory
+        ) || io
+            .raw_os_error()
+            .is_some_and(|code| code == EMFILE || code == ENFILE)
+    })
+}
+
+/// Too many files are open, in the process and in the system.
+const EMFILE: i32 = 24;
+const ENFILE: i32 = 23;
+
 impl DiskEngine {
     /// Opens the store in `folder`. One that cannot be opened at all is renamed and a new one
     /// begun; the answer says so.
@@ -58,15 +109,22 @@ impl DiskEngine {
     pub fn open(folder: &Path) -> Result<(Self, Vec<String>), StoreError> {
         make_private(folder)
             .map_err(|error| failed(format!("cannot make {}: {error}", folder.display())))?;
-        let why = match guarded(|| Ok(Self::open_at(folder))) {
-            Ok(Ok(engine)) => return Ok((engine, Vec::new())),
+        let why = match guarded(|| Ok(Tables::open(folder))) {
+            Ok(Ok(tables)) => return Ok((Self::new(folder, tables), Vec::new())),
             Ok(Err(fjall::Error::Locked)) => {
                 return Err(failed(format!(
                     "{} is in use by another broker: stop it or give this one another folder",
                     folder.display()
                 )));
             }
-            Ok(Err(error)) => error.to_string(),
+            Ok(Err(error)) if is_of_the_system(&error) => {
+                return Err(failed(format!(
+                    "cannot use {}: {}",
+                    folder.display(),
+                    explain(&error)
+                )));
+            }
+            Ok(Err(error)) => explain(&error),
             Err(panicked) => panicked.to_string(),
         };
         let aside = set_aside(folder).map_err(failed)?;
@@ -74,10 +132,25 @@ impl DiskEngine {
             "the store could not be opened ({why}) and was set aside as {}",
             aside.display()
         );
-        Ok((Self::open_at(folder).map_err(failed)?, vec![report]))
+        let tables = Tables::open(folder).map_err(|error| failed(explain(&error)))?;
+        Ok((Self::new(folder, tables), vec![report]))
     }
 
-    fn open_at(folder: &Path) -> fjall::Result<Self> {
+    fn new(folder: &Path, tables: Tables) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            tables: Some(tables),
+        }
+    }
+
+    #[cfg(test)]
+    fn tables(&self) -> &Tables {
+        self.tables.as_ref().expect("it was just opened")
+    }
+}
+
+impl Tables {
+    fn open(folder: &Path) -> fjall::Result<Self> {
         let database = Database::builder(folder)
             .max_journaling_size(JOURNAL_BYTES)
             .open()?;
@@ -103,14 +176,6 @@ impl DiskEngine {
             .batch()
             .durability(Some(PersistMode::SyncData));
         let (now, clock) = (Instant::now(), SystemTime::now());
-        // A batch that came and went within one commit is never written.
-        let gone: std::collections::HashSet<QueueKey> = changes
-            .iter()
-            .filter_map(|change| match change {
-                Change::Dequeue(key) => Some(*key),
-                _ => None,
-            })
-            .collect();
         for change in changes {
             match change {
                 Change::PutSession(session) => {
@@ -143,13 +208,8 @@ impl DiskEngine {
                     }
                 }
                 Change::Enqueue(key, messages) => {
-                    if !gone.contains(key) {
-                        batch.insert(
-                            &self.queues,
-                            key.to_bytes(),
-                            encode_batch(messages, now, clock),
-                        );
-                    }
+                    let record = encode_batch(messages, now, clock);
+                    batch.insert(&self.queues, key.to_bytes(), record);
                 }
                 Change::Dequeue(key) => batch.remove(&self.queues, key.to_bytes()),
                 Change::PutRetained(tenant, message) => {
@@ -199,6 +259,38 @@ impl DiskEngine {
 
 impl Engine for DiskEngine {
     fn load(&mut self) -> Loaded {
+        self.tables.as_ref().map(Tables::load).unwrap_or_default()
+    }
+
+    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let tables = self.tables.as_ref();
+        let tables = tables.ok_or_else(|| failed("the engine is not open"))?;
+        guarded(|| {
+            tables
+                .write(changes)
+                .map_err(|error| failed(explain(&error)))
+        })
+    }
+
+    /// After an error the engine takes nothing more, so it is opened anew. That also cuts off what
+    /// it had half written.
+    fn reopen(&mut self) -> Result<(), StoreError> {
+        // The files are free only when the engine is gone.
+        if let Some(tables) = self.tables.take() {
+            guarded(|| {
+                drop(tables);
+                Ok(())
+            })?;
+        }
+        let tables =
+            guarded(|| Tables::open(&self.folder).map_err(|error| failed(explain(&error))))?;
+        self.tables = Some(tables);
+        Ok(())
+    }
+}
+
+impl Tables {
+    fn load(&self) -> Loaded {
         let mut loaded = Loaded::default();
         let mut left_out = Vec::new();
         let mut sessions: std::collections::BTreeMap<
@@ -284,10 +376,6 @@ impl Engine for DiskEngine {
         loaded.sessions = sessions.into_values().collect();
         loaded.left_out = left_out;
         loaded
-    }
-
-    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError> {
-        guarded(|| self.write(changes).map_err(failed))
     }
 }
 

@@ -71,7 +71,7 @@ fn fill(folder: &Path) {
         engine.commit(part).unwrap();
     }
     // Half of it is in tables and half in the journal, so that both are damaged below.
-    engine.queues.rotate_memtable_and_wait().unwrap();
+    engine.tables().queues.rotate_memtable_and_wait().unwrap();
     let taken: Vec<Change> = (1..=100)
         .map(|sequence| Change::Dequeue(key(sequence)))
         .collect();
@@ -175,7 +175,7 @@ fn message_ids_are_there_after_reopening_until_they_are_past() {
         until: clock + hour,
     };
     assert_eq!(loaded.message_ids, [want]);
-    assert_eq!(engine.message_ids.iter().count(), 1);
+    assert_eq!(engine.tables().message_ids.iter().count(), 1);
 }
 
 #[test]
