@@ -2,6 +2,8 @@
 //! network, and clients of other makes, each made anew by every test.
 
 pub mod broker;
+#[cfg(target_os = "linux")]
+pub mod checker;
 pub mod link;
 pub mod log;
 pub mod mqtt;
