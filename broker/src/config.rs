@@ -18,7 +18,7 @@ pub struct Config {
     pub name: String,
     /// Certificate and key of the broker.
     pub credentials: Credentials,
-    /// Authorities whose clients are let in.
+    /// Authorities whose clients are let in, and what they have withdrawn.
     pub trust: TrustAnchors,
     /// Who may do what.
     pub policy: Policy,
@@ -180,6 +180,15 @@ impl Config {
             "identity.trust",
             TrustAnchors::from_file(&at(&file.identity.trust)),
         );
+        // Without authorities there is nobody whose list it could be.
+        let trust = match (trust, &file.identity.crl) {
+            (Some(trust), Some(crl)) => keep(
+                &mut problems,
+                "identity.crl",
+                trust.with_revocations_of_file(&at(crl)),
+            ),
+            (trust, _) => trust,
+        };
         let policy = keep(
             &mut problems,
             "policy.file",
@@ -465,6 +474,7 @@ struct IdentityTable {
     cert: PathBuf,
     key: PathBuf,
     trust: PathBuf,
+    crl: Option<PathBuf>,
     broker_name: Option<String>,
 }
 

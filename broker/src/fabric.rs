@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Limits;
 use crate::metrics::Metrics;
 use crate::policy::{IdentityPolicy, Policy};
+use crate::revocation::Peers;
 use crate::store::Store;
 use crate::tenant::Tenant;
 
@@ -39,6 +40,8 @@ pub struct Fabric {
     pub tasks: TaskTracker,
     /// When the broker started.
     pub started: Instant,
+    /// Peers that are connected with a certificate.
+    pub peers: Peers,
     /// One permit for each connection that may still be accepted, all listeners together.
     pub connection_slots: Arc<Semaphore>,
     policy: ArcSwap<Policy>,
@@ -62,6 +65,7 @@ impl Fabric {
         Arc::new(Self {
             name: name.into(),
             identity,
+            peers: Peers::default(),
             connection_slots: Arc::new(Semaphore::new(limits.connections)),
             limits,
             metrics,

@@ -22,6 +22,7 @@ pub mod queue;
 pub mod quic;
 mod restore;
 pub mod retained;
+pub mod revocation;
 pub mod router;
 pub mod server;
 pub mod services;

@@ -66,6 +66,8 @@ pub struct Metrics {
     pub accepted: Family<Listener, Counter>,
     /// Connections refused before they were sessions, by listener and reason.
     pub refused: Family<ListenerReason, Counter>,
+    /// Connections ended because their certificate was withdrawn, by listener and reason.
+    pub evicted: Family<ListenerReason, Counter>,
     /// Peers that broke a protocol, by listener and kind.
     pub protocol_errors: Family<ListenerReason, Counter>,
     /// Sessions kept now, connected or not.
@@ -135,6 +137,10 @@ impl Default for Metrics {
             connections: register!("connections", "Connections now"),
             accepted: register!("accepted_connections", "Connections accepted"),
             refused: register!("refused_connections", "Connections refused, by reason"),
+            evicted: register!(
+                "evicted_connections",
+                "Connections ended for their certificate, by reason"
+            ),
             protocol_errors: register!("protocol_errors", "Peers that broke a protocol"),
             sessions: register!("sessions", "Sessions kept now"),
             subscriptions: register!("subscriptions", "Subscriptions now"),
@@ -198,6 +204,13 @@ impl Metrics {
     /// Counts a connection refused before it was a session.
     pub fn refuse(&self, listener: &'static str, reason: &'static str) {
         self.refused
+            .get_or_create(&ListenerReason { listener, reason })
+            .inc();
+    }
+
+    /// Counts a connection that was ended for its certificate.
+    pub fn evict(&self, listener: &'static str, reason: &'static str) {
+        self.evicted
             .get_or_create(&ListenerReason { listener, reason })
             .inc();
     }

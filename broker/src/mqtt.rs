@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use selvedge_certs::{Identity, peer_identity};
+use selvedge_certs::{Identity, TrustAnchors, peer_identity, refusal_of_io};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use crate::fabric::Fabric;
+use crate::revocation;
 
 mod connect;
 mod connection;
@@ -54,6 +55,8 @@ pub enum Mode {
     Tls {
         /// Asks for client certificates; takes clients without one if there are passwords.
         acceptor: TlsAcceptor,
+        /// What the acceptor was made with.
+        trust: TrustAnchors,
         /// Users with passwords.
         passwords: Option<Passwords>,
     },
@@ -156,8 +159,10 @@ async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: Socke
         }
         Mode::Tls {
             acceptor,
+            trust,
             passwords,
         } => {
+            let begun = fabric.peers.generation();
             let handshake = tokio::select! {
                 () = fabric.shutdown.cancelled() => return,
                 handshake = timeout_at(deadline, acceptor.accept(stream)) => handshake,
@@ -165,8 +170,12 @@ async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: Socke
             let stream = match handshake {
                 Ok(Ok(stream)) => stream,
                 Ok(Err(error)) => {
-                    tracing::debug!(listener, %peer, %error, "TLS handshake failed");
-                    fabric.metrics.refuse(listener, "handshake");
+                    let refused = refusal_of_io(&error);
+                    let reason = refused.map_or_else(|| error.to_string(), ToString::to_string);
+                    tracing::debug!(listener, %peer, %reason, "TLS handshake failed");
+                    fabric
+                        .metrics
+                        .refuse(listener, refused.map_or("handshake", revocation::label));
                     return;
                 }
                 Err(_) => {
@@ -176,7 +185,17 @@ async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: Socke
             };
             let certificates = stream.get_ref().1.peer_certificates();
             let proof = match (certificates.map(peer_identity), passwords) {
-                (Some(Ok(identity)), _) => Proof::Known(identity),
+                (Some(Ok(identity)), _) => {
+                    let chain = certificates.unwrap_or_default();
+                    match fabric.peers.enter(trust, begun, listener, chain) {
+                        Ok(peer) => Proof::Certificate { identity, peer },
+                        Err(refused) => {
+                            tracing::debug!(listener, %peer, reason = %refused, "TLS handshake failed");
+                            fabric.metrics.refuse(listener, revocation::label(&refused));
+                            return;
+                        }
+                    }
+                }
                 (Some(Err(error)), _) => {
                     tracing::debug!(listener, %peer, %error, "no identity in the certificate");
                     fabric.metrics.refuse(listener, "identity");

@@ -12,6 +12,7 @@ use selvedge_proto::status::Code;
 
 use crate::config::Limits;
 use crate::fabric::Fabric;
+use crate::revocation;
 
 mod connection;
 mod control;
@@ -108,7 +109,9 @@ fn transport(limits: &Limits) -> TransportConfig {
 
 /// Accepts connections until the broker stops. One client's handshake never delays another's: each
 /// runs in its own task.
-pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint) {
+///
+/// `trust` is what the endpoint's configuration was made with.
+pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint, trust: TrustAnchors) {
     let handshakes = Arc::new(AtomicUsize::new(0));
     loop {
         let incoming = tokio::select! {
@@ -133,10 +136,10 @@ pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint) {
             continue;
         };
         let handshake = Handshake::begin(&handshakes);
-        let task = Arc::clone(&fabric);
+        let (task, trust) = (Arc::clone(&fabric), trust.clone());
         fabric.tasks.spawn(async move {
             let _slot = slot;
-            serve(task, incoming, handshake).await;
+            serve(task, incoming, handshake, trust).await;
         });
     }
 }
@@ -157,8 +160,9 @@ impl Drop for Handshake {
     }
 }
 
-async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake) {
+async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake, trust: TrustAnchors) {
     let remote = incoming.remote_address();
+    let begun = fabric.peers.generation();
     let connecting = match incoming.accept() {
         Ok(connecting) => connecting,
         Err(error) => {
@@ -193,13 +197,25 @@ async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake) {
             return;
         }
     };
+    let chain = selvedge_certs::peer_certificates(&connection).unwrap_or_default();
+    let peer = match fabric.peers.enter(&trust, begun, LISTENER, &chain) {
+        Ok(peer) => peer,
+        Err(refused) => {
+            tracing::warn!(%remote, reason = %refused, "handshake failed");
+            fabric.metrics.refuse(LISTENER, revocation::label(&refused));
+            let reason = refused.to_string();
+            connection.close(Code::Unauthenticated.to_quic().into(), reason.as_bytes());
+            return;
+        }
+    };
     let guard = fabric.metrics.connected(LISTENER);
-    connection::run(&fabric, connection, identity).await;
+    connection::run(&fabric, connection, identity, &peer).await;
     drop(guard);
 }
 
 fn handshake_reason(error: &quinn::ConnectionError) -> &'static str {
     match error {
+        error if selvedge_certs::was_revoked(error) => "revoked",
         quinn::ConnectionError::TransportError(_) => "certificate_refused_here",
         quinn::ConnectionError::ConnectionClosed(_) => "refused_by_peer",
         quinn::ConnectionError::TimedOut => "handshake_timeout",

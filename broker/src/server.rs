@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::mqtt;
 use crate::quic;
 use crate::restore;
+use crate::revocation::Review;
 use crate::store::{Loaded, Store, StoreError};
 
 /// Time that connections have to end in good order when the broker stops.
@@ -42,7 +43,7 @@ pub struct Server {
     addresses: Addresses,
     /// The certificate of every listener.
     credentials: ReloadableCredentials,
-    /// The authorities of every listener.
+    /// The authorities of every listener, and what they have withdrawn.
     trust: TrustAnchors,
     listeners: Vec<JoinHandle<()>>,
 }
@@ -200,11 +201,13 @@ impl Server {
             listeners.push(tokio::spawn(quic::accept(
                 Arc::clone(&fabric),
                 endpoint.clone(),
+                config.trust.clone(),
             )));
         }
         if let Some((listener, acceptor)) = tls {
             let mode = mqtt::Mode::Tls {
                 acceptor,
+                trust: config.trust.clone(),
                 passwords: config.mqtt.passwords,
             };
             listeners.push(tokio::spawn(mqtt::listen(
@@ -246,14 +249,27 @@ impl Server {
         &self.fabric
     }
 
-    /// Takes over what may change while the broker runs: policy, certificate and key, and trust.
-    /// No connection is dropped; new handshakes use the new certificate and trust. Returns how many
-    /// subscriptions and registrations the new policy ended.
+    /// Takes over what may change while the broker runs: policy, certificate and key, trust and
+    /// revocations. New handshakes use the new certificate and trust. The only connections that end
+    /// are those of peers whose certificate was withdrawn, or whose authority is no longer trusted.
+    /// Returns how many subscriptions and registrations the new policy ended.
     pub fn reload(&self, config: Config) -> usize {
         self.credentials.replace(config.credentials);
+        let review = if config.trust.includes(&self.trust) {
+            Review::Revocations
+        } else {
+            Review::Chains
+        };
         self.trust.replace(&config.trust);
-        let ended = self.fabric.set_policy(config.policy);
-        tracing::info!(ended, "policy, certificate and trust were reloaded");
+        // Before the policy, so that who is to go has no part in what it changes.
+        let fabric = &self.fabric;
+        let evicted = fabric.peers.review(&self.trust, review, &fabric.metrics);
+        let ended = fabric.set_policy(config.policy);
+        tracing::info!(
+            ended,
+            evicted,
+            "policy, certificate, trust and revocations were reloaded"
+        );
         ended
     }
 

@@ -15,14 +15,21 @@ use crate::mqtt::password::Passwords;
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
 use crate::policy::{Decision, IdentityPolicy, LivePolicy, Verb};
+use crate::revocation::Peer;
 use crate::session::{SessionKey, Will};
 use crate::tenant;
 
 /// What is known of a peer before its CONNECT.
 #[derive(Debug)]
 pub(crate) enum Proof {
-    /// Its identity: from its certificate, or everyone's on a plaintext listener.
+    /// Its identity: everyone's on a plaintext listener.
     Known(Identity),
+    /// Its identity, from its certificate.
+    Certificate {
+        identity: Identity,
+        /// Ends the connection when the certificate is withdrawn.
+        peer: Peer,
+    },
     /// Nothing yet: user name and password are to prove it.
     Password(Passwords),
     /// Nothing, and nothing but a certificate would do.
@@ -146,6 +153,15 @@ pub(crate) async fn greet(
 async fn identify(proof: &Proof, connect: &Connect) -> Result<Identity, Refusal> {
     let passwords = match proof {
         Proof::Known(identity) => return Ok(identity.clone()),
+        Proof::Certificate { identity, peer } => {
+            return peer.check().map(|()| identity.clone()).map_err(|eviction| {
+                Refusal::answer(
+                    Reason::NOT_AUTHORIZED,
+                    eviction.label,
+                    eviction.status.message,
+                )
+            });
+        }
         Proof::Missing => {
             return Err(Refusal::answer(
                 Reason::NOT_AUTHORIZED,

@@ -86,6 +86,9 @@ pub(crate) async fn run<S>(
         fabric: Arc::clone(fabric),
         end: ConnectionEnd::Lost,
     };
+    if let Proof::Certificate { peer, .. } = &proof {
+        peer.attached(&attached.attachment.kick);
+    }
     let session = &attached.attachment.session;
     tracing::debug!(
         listener, %peer, identity = %greeting.identity, client = %session.key.name,

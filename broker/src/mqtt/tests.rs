@@ -916,6 +916,7 @@ impl Secure {
         .unwrap();
         let mode = Mode::Tls {
             acceptor: TlsAcceptor::from(config),
+            trust: anchors.clone(),
             passwords,
         };
         Self {

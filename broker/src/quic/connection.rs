@@ -26,6 +26,7 @@ use crate::models::WorkerModel;
 use crate::policy::LivePolicy;
 use crate::publisher::Publisher;
 use crate::queue::DeliveryQueue;
+use crate::revocation::{Eviction, Peer};
 use crate::services::Responder;
 use crate::session::{ConnectionEnd, SessionKey, Will};
 use crate::tenant::{Attachment, Connect, Tenant};
@@ -38,7 +39,12 @@ const CONTROL_QUEUE: usize = 256;
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Runs a connection to its end.
-pub(super) async fn run(fabric: &Arc<Fabric>, connection: Connection, identity: Identity) {
+pub(super) async fn run(
+    fabric: &Arc<Fabric>,
+    connection: Connection,
+    identity: Identity,
+    peer: &Peer,
+) {
     let remote = connection.remote_address();
     let greeting =
         tokio::time::timeout(fabric.limits.handshake_timeout, greet(fabric, &connection));
@@ -88,7 +94,14 @@ pub(super) async fn run(fabric: &Arc<Fabric>, connection: Connection, identity: 
         close(&connection, status.code, &status.message);
         return;
     }
+    if let Err(Eviction { status, label }) = peer.check() {
+        fabric.metrics.refuse(LISTENER, label);
+        farewell(send, vec![goodbye(&status)]).await;
+        close(&connection, status.code, &status.message);
+        return;
+    }
     let attachment = tenant.attach(fabric, &connect);
+    peer.attached(&attachment.kick);
     let (control, outgoing) = mpsc::channel(CONTROL_QUEUE);
     let writer = tokio::spawn(write_control(send, outgoing));
     let welcome = wire::Welcome {
