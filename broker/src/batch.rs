@@ -75,6 +75,26 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The id that the publisher gave the message, if it is alone and has one.
+    pub fn message_id(&self) -> Option<Bytes> {
+        if self.count != 1 {
+            return None;
+        }
+        let message = self.messages().next()?;
+        let properties = Properties::decode(message.header.as_deref()?).ok()?;
+        (!properties.message_id.is_empty()).then_some(properties.message_id)
+    }
+
+    /// The batch at no more than this quality of service.
+    #[must_use]
+    pub fn at_most(self: Arc<Self>, max: Qos) -> Arc<Self> {
+        if max >= self.qos {
+            self
+        } else {
+            Arc::new(self.with_flags(max, self.retain))
+        }
+    }
+
     /// Bytes it counts for in a queue: what it sends and what keeping it costs.
     pub fn cost(&self) -> usize {
         self.frames.len() + self.payload.len() + Self::OVERHEAD
@@ -111,6 +131,27 @@ impl Batch {
         }
     }
 
+    /// The messages as batches of one each.
+    pub fn singles(&self) -> impl Iterator<Item = Self> + '_ {
+        self.messages().map(|message| {
+            let mut frames = BytesMut::new();
+            lane::put_message(
+                &mut frames,
+                Flags::new(self.qos).with_retain(self.retain),
+                self.flow.id,
+                message.header.as_deref(),
+                &message.payload,
+            );
+            Self {
+                flow: Arc::clone(&self.flow),
+                count: 1,
+                frames: frames.freeze(),
+                payload: Bytes::new(),
+                ..*self
+            }
+        })
+    }
+
     /// The messages, one after the other, with the payload as shared bytes.
     pub fn messages(&self) -> impl Iterator<Item = BatchMessage> + '_ {
         let mut rest = self.frames.clone();
@@ -145,17 +186,28 @@ pub struct BatchMessage {
     pub payload: Bytes,
 }
 
-/// When a message with this header loses its worth.
-///
-/// # Errors
-/// The header does not decode.
-pub(crate) fn expiry_of(
-    header: Option<&[u8]>,
-    now: Instant,
-) -> Result<Option<Instant>, FrameError> {
-    let Some(header) = header else {
-        return Ok(None);
-    };
-    let properties = Properties::decode(header)?;
-    Ok(properties.expiry.and_then(|expiry| now.checked_add(expiry)))
+/// What the broker itself reads of a message's header.
+#[derive(Debug, Default)]
+pub(crate) struct HeaderFacts {
+    /// When the message loses its worth.
+    pub(crate) expires: Option<Instant>,
+    /// Its name in the deduplication window; empty for none.
+    pub(crate) message_id: Bytes,
+}
+
+impl HeaderFacts {
+    /// Reads an encoded `MessageHeader`.
+    ///
+    /// # Errors
+    /// The header does not decode.
+    pub(crate) fn read(header: Option<&[u8]>, now: Instant) -> Result<Self, FrameError> {
+        let Some(header) = header else {
+            return Ok(Self::default());
+        };
+        let properties = Properties::decode(header)?;
+        Ok(Self {
+            expires: properties.expiry.and_then(|expiry| now.checked_add(expiry)),
+            message_id: properties.message_id,
+        })
+    }
 }

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use selvedge_certs::{Credentials, Identity, TrustAnchors};
+use selvedge_proto::topic::{TopicFilter, TopicName};
 use serde::Deserialize;
 
+use crate::history::HistoryRule;
 use crate::mqtt::password::Passwords;
 use crate::policy::Policy;
 
@@ -30,6 +32,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Where sessions, their queues and retained messages outlive the process.
     pub store: Option<StoreConfig>,
+    /// Topics that keep history for replays.
+    pub history: Vec<HistoryRule>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -39,9 +43,36 @@ pub struct Config {
 pub struct StoreConfig {
     /// Its folder, made if need be. One broker at a time may have it open.
     pub folder: PathBuf,
-    /// QoS 1 to kept sessions is acknowledged once it is fsynced, unless the publisher demands
-    /// otherwise. Without it, acknowledgements do not wait for the disk.
-    pub sync: bool,
+    /// What an acknowledgement means when the publisher does not say.
+    pub durability: DurabilityRules,
+}
+
+/// What the acknowledgement of a QoS 1 message to a kept session means when the publisher does not
+/// say, by topic: that it is on disk, or only that it is in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DurabilityRules {
+    /// For topics that no rule names.
+    pub on_disk: bool,
+    /// Of several that match, the first decides.
+    pub rules: Vec<(TopicFilter, bool)>,
+}
+
+impl DurabilityRules {
+    /// The same for every topic.
+    pub fn all(on_disk: bool) -> Self {
+        Self {
+            on_disk,
+            rules: Vec::new(),
+        }
+    }
+
+    /// Whether an acknowledgement on this topic waits for the disk.
+    pub fn on_disk(&self, topic: &TopicName) -> bool {
+        self.rules
+            .iter()
+            .find(|(filter, _)| filter.matches(topic))
+            .map_or(self.on_disk, |(_, on_disk)| *on_disk)
+    }
 }
 
 /// The MQTT listeners.
@@ -90,6 +121,12 @@ pub struct Limits {
     pub retained_messages: usize,
     /// Bytes of the retained messages of a tenant. Default 256 MiB.
     pub retained_bytes: usize,
+    /// How long a message id is remembered, so that the same message is taken once. Default 10 min.
+    #[serde(with = "duration")]
+    pub dedup_window: Duration,
+    /// Message ids remembered, of a tenant; beyond it the oldest are forgotten sooner. Default
+    /// 100,000.
+    pub dedup_ids: usize,
     /// How long a call waits for a responder that was just lost, or after a start for one that
     /// was not seen yet. Default 5 s.
     #[serde(with = "duration")]
@@ -120,6 +157,8 @@ impl Default for Limits {
             session_expiry: Duration::from_secs(7 * 24 * 3600),
             retained_messages: 1_000_000,
             retained_bytes: 256 << 20,
+            dedup_window: Duration::from_secs(600),
+            dedup_ids: 100_000,
             resume_grace: Duration::from_secs(5),
             default_deadline: Duration::from_secs(30),
             waiting_per_model: 1_024,
@@ -140,6 +179,7 @@ impl Config {
             mqtt: MqttConfig::default(),
             admin: None,
             store: None,
+            history: Vec::new(),
             limits: Limits::default(),
         }
     }
@@ -253,23 +293,48 @@ impl Config {
             ));
         }
         file.limits.check(&mut problems);
-        let store = file.store.and_then(|store| {
-            let sync = match store.durability.as_deref() {
-                None | Some("disk") => true,
-                Some("memory") => false,
-                Some(other) => {
-                    problems.push(ConfigProblem::new(
-                        "store.durability",
-                        format!("{other:?} is no durability: expected disk or memory"),
-                    ));
-                    return None;
-                }
-            };
-            Some(StoreConfig {
+        let store = file.store.map(|store| {
+            let default = store.durability.as_deref().unwrap_or("disk");
+            let mut durability = DurabilityRules::all(
+                on_disk(&mut problems, "store.durability", default).unwrap_or_default(),
+            );
+            for rule in &store.topics {
+                let filter = keep(
+                    &mut problems,
+                    "store.topics.filter",
+                    TopicFilter::parse(rule.filter.as_str()),
+                );
+                let sync = on_disk(&mut problems, "store.topics.durability", &rule.durability);
+                durability.rules.extend(filter.zip(sync));
+            }
+            StoreConfig {
                 folder: at(&store.folder),
-                sync,
-            })
+                durability,
+            }
         });
+        let mut history = Vec::new();
+        for rule in &file.history {
+            let filter = keep(
+                &mut problems,
+                "history.filter",
+                TopicFilter::parse(rule.filter.as_str()),
+            );
+            if rule.messages == 0 || rule.age.is_zero() || rule.bytes == 0 {
+                problems.push(ConfigProblem::new(
+                    "history",
+                    format!(
+                        "{:?} keeps nothing: expected messages, age and bytes above zero",
+                        rule.filter
+                    ),
+                ));
+            }
+            history.extend(filter.map(|filter| HistoryRule {
+                filter,
+                messages: rule.messages,
+                age: rule.age,
+                bytes: rule.bytes,
+            }));
+        }
 
         match (credentials, trust, policy) {
             (Some(credentials), Some(trust), Some(policy)) if problems.is_empty() => Ok(Self {
@@ -288,6 +353,7 @@ impl Config {
                 },
                 admin,
                 store,
+                history,
                 limits: file.limits,
             }),
             _ => Err(ConfigErrors(problems)),
@@ -339,6 +405,7 @@ impl Limits {
         bound("queue_bytes", self.queue_bytes, 1024, usize::MAX);
         bound("inflight_bytes", self.inflight_bytes, 1024, usize::MAX);
         bound("cascade_bytes", self.cascade_bytes, 0, 1 << 30);
+        bound("dedup_ids", self.dedup_ids, 1, 100_000_000);
         let mut span = |key: &str, value: Duration, least: Duration, most: Duration| {
             let ms =
                 |duration: Duration| usize::try_from(duration.as_millis()).unwrap_or(usize::MAX);
@@ -360,6 +427,7 @@ impl Limits {
             second / 1000,
             hour * 24,
         );
+        span("dedup_window", self.dedup_window, second, hour * 24 * 7);
         span(
             "session_expiry",
             self.session_expiry,
@@ -426,6 +494,20 @@ fn keep<T, E: std::error::Error>(
         .ok()
 }
 
+fn on_disk(problems: &mut Vec<ConfigProblem>, key: &str, word: &str) -> Option<bool> {
+    match word {
+        "disk" => Some(true),
+        "memory" => Some(false),
+        other => {
+            problems.push(ConfigProblem::new(
+                key,
+                format!("{other:?} is no durability: expected disk or memory"),
+            ));
+            None
+        }
+    }
+}
+
 fn address(
     problems: &mut Vec<ConfigProblem>,
     key: &str,
@@ -458,6 +540,8 @@ struct File {
     admin: AdminTable,
     store: Option<StoreTable>,
     #[serde(default)]
+    history: Vec<HistoryTable>,
+    #[serde(default)]
     limits: Limits,
 }
 
@@ -466,6 +550,39 @@ struct File {
 struct StoreTable {
     folder: PathBuf,
     durability: Option<String>,
+    #[serde(default)]
+    topics: Vec<TopicDurability>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TopicDurability {
+    filter: String,
+    durability: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HistoryTable {
+    filter: String,
+    #[serde(default = "history_messages")]
+    messages: usize,
+    #[serde(default = "history_age", with = "duration")]
+    age: Duration,
+    #[serde(default = "history_bytes")]
+    bytes: usize,
+}
+
+fn history_messages() -> usize {
+    1_000
+}
+
+fn history_age() -> Duration {
+    Duration::from_secs(24 * 3600)
+}
+
+fn history_bytes() -> usize {
+    64 << 20
 }
 
 #[derive(Debug, Deserialize)]

@@ -12,8 +12,10 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::Limits;
+use crate::config::{DurabilityRules, Limits};
+use crate::history::HistoryRule;
 use crate::metrics::Metrics;
+use crate::pacer::Pacer;
 use crate::policy::{IdentityPolicy, Policy};
 use crate::revocation::Peers;
 use crate::store::Store;
@@ -32,8 +34,12 @@ pub struct Fabric {
     pub metrics: Arc<Metrics>,
     /// What outlives the process, if there is a folder for it.
     pub store: Option<Store>,
-    /// QoS 1 to kept sessions is acknowledged when it is on disk, unless the publisher says otherwise.
-    pub sync_by_default: bool,
+    /// Which topics' QoS 1 messages to kept sessions are acknowledged when they are on disk, unless
+    /// the publisher says otherwise.
+    pub durability: DurabilityRules,
+    /// Paces what is delivered from backlogs.
+    pub pacer: Pacer,
+    history: Arc<[HistoryRule]>,
     /// Cancelled when the broker stops.
     pub shutdown: CancellationToken,
     /// Tasks that end soon after `shutdown`.
@@ -51,30 +57,45 @@ pub struct Fabric {
     next_session: AtomicU64,
 }
 
+/// What a fabric is made of.
+#[derive(Debug)]
+pub struct FabricOptions {
+    /// See [`Fabric::name`].
+    pub name: String,
+    /// See [`Fabric::identity`].
+    pub identity: Identity,
+    /// See [`Fabric::limits`].
+    pub limits: Limits,
+    /// Who may do what.
+    pub policy: Policy,
+    /// See [`Fabric::metrics`].
+    pub metrics: Arc<Metrics>,
+    /// See [`Fabric::store`].
+    pub store: Option<Store>,
+    /// See [`Fabric::durability`].
+    pub durability: DurabilityRules,
+    /// Topics that keep history.
+    pub history: Vec<HistoryRule>,
+}
+
 impl Fabric {
     /// A fabric without tenants.
-    pub fn new(
-        name: &str,
-        identity: Identity,
-        limits: Limits,
-        policy: Policy,
-        metrics: Arc<Metrics>,
-        store: Option<Store>,
-        sync_by_default: bool,
-    ) -> Arc<Self> {
+    pub fn new(options: FabricOptions) -> Arc<Self> {
         Arc::new(Self {
-            name: name.into(),
-            identity,
+            name: options.name.into(),
+            identity: options.identity,
             peers: Peers::default(),
-            connection_slots: Arc::new(Semaphore::new(limits.connections)),
-            limits,
-            metrics,
-            store,
-            sync_by_default,
+            connection_slots: Arc::new(Semaphore::new(options.limits.connections)),
+            limits: options.limits,
+            metrics: options.metrics,
+            store: options.store,
+            durability: options.durability,
+            pacer: Pacer::default(),
+            history: options.history.into(),
             shutdown: CancellationToken::new(),
             tasks: TaskTracker::new(),
             started: crate::clock::now(),
-            policy: ArcSwap::from_pointee(policy),
+            policy: ArcSwap::from_pointee(options.policy),
             policy_generation: AtomicU64::new(0),
             tenants: DashMap::new(),
             next_session: AtomicU64::new(1),
@@ -93,6 +114,7 @@ impl Fabric {
                 self.limits.clone(),
                 Arc::clone(&self.metrics),
                 self.store.clone(),
+                Arc::clone(&self.history),
             ))
         }))
     }

@@ -1,7 +1,7 @@
 //! The way in: from a publisher's message to the queues of everyone who wants it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use selvedge_certs::Identity;
@@ -10,12 +10,16 @@ use selvedge_proto::message::{Class, Durability, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 
-use crate::batch::{Batch, Flow, expiry_of};
+use crate::batch::{Batch, Flow, HeaderFacts};
 use crate::clock;
+use crate::dedup::MAX_MESSAGE_ID;
 use crate::fabric::Fabric;
+use crate::history::TopicHistory;
+use crate::losses::Reason;
 use crate::policy::{Decision, LivePolicy, Verb};
-use crate::queue::Pushed;
-use crate::router::Route;
+use crate::queue::{Pushed, Reserved};
+use crate::quota::Usage;
+use crate::router::{Choice, Route};
 use crate::session::{Session, Subscriber};
 use crate::store::{Store, StoreError, Synced};
 use crate::tenant::Tenant;
@@ -34,6 +38,7 @@ pub struct Publisher {
     identity: Identity,
     session: u64,
     policy: LivePolicy,
+    usage: Arc<Usage>,
 }
 
 /// One topic of a publisher: its permission, its route and the batch being filled.
@@ -48,8 +53,37 @@ pub struct Topic {
     pending: BytesMut,
     pending_count: u32,
     pending_qos: Qos,
-    /// Something of it went to the store since [`Topic::take_stored`].
-    stored: bool,
+    /// An acknowledgement waits for the disk, unless the publisher says otherwise.
+    on_disk: bool,
+    history: Option<Arc<TopicHistory>>,
+    /// What happened since [`Topic::take_outcome`].
+    outcome: Outcome,
+}
+
+/// What became of messages, as far as their acknowledgement depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Outcome {
+    /// Something went to the store, so the disk may have to be waited for.
+    pub stored: bool,
+    /// A receiver whose messages are kept did not get one, as its queue is full. An acknowledgement
+    /// must not claim more than memory then.
+    pub given_up: bool,
+}
+
+impl Outcome {
+    /// Adds another outcome.
+    pub fn merge(&mut self, other: Self) {
+        self.stored |= other.stored;
+        self.given_up |= other.given_up;
+    }
+}
+
+/// One receiver of a message that had to be asked for room first.
+struct Planned {
+    receiver: Arc<Subscriber>,
+    batch: Arc<Batch>,
+    /// Room is held in its queue.
+    reserved: bool,
 }
 
 /// One message on its way in.
@@ -59,6 +93,8 @@ pub struct Incoming<'a> {
     pub qos: Qos,
     /// Keep it as the topic's retained message.
     pub retain: bool,
+    /// What the publisher demands of the acknowledgement.
+    pub durability: Durability,
     /// Encoded `MessageHeader`, if any.
     pub header: Option<&'a [u8]>,
     /// The payload.
@@ -89,10 +125,17 @@ impl Topic {
         &self.flow.topic
     }
 
-    /// Whether something that was published since the last call went to the store, so that an
-    /// acknowledgement has to wait for it.
-    pub fn take_stored(&mut self) -> bool {
-        std::mem::take(&mut self.stored)
+    /// What became of what was published since the last call.
+    pub fn take_outcome(&mut self) -> Outcome {
+        std::mem::take(&mut self.outcome)
+    }
+
+    /// The durability that an acknowledgement has to reach when the publisher demands `demanded`.
+    pub fn durability(&self, demanded: Durability) -> Durability {
+        match demanded {
+            Durability::Default if !self.on_disk => Durability::Memory,
+            other => other,
+        }
     }
 }
 
@@ -102,6 +145,7 @@ impl Publisher {
         let identity = session.key.identity.clone();
         Self {
             policy: LivePolicy::new(fabric, &identity),
+            usage: Arc::clone(session.usage()),
             fabric: Arc::clone(fabric),
             tenant,
             identity,
@@ -116,6 +160,8 @@ impl Publisher {
         let flow = self.tenant.flow(topic, &self.identity, self.session);
         Topic {
             route: self.tenant.router.route(&flow.topic, self.session),
+            on_disk: self.fabric.durability.on_disk(&flow.topic),
+            history: self.tenant.history.topic(&flow.topic),
             flow,
             denial,
             decided,
@@ -123,16 +169,23 @@ impl Publisher {
             pending: BytesMut::new(),
             pending_count: 0,
             pending_qos: Qos::AtMostOnce,
-            stored: false,
+            outcome: Outcome::default(),
         }
     }
 
     /// Takes one message. It reaches the receivers with the next [`Self::flush`] at the latest.
     ///
     /// # Errors
-    /// Policy denies the topic, the retained messages are full, or the header does not decode.
+    /// Policy denies the topic, a limit is reached, the store or a receiver that refuses publishers
+    /// has no room, or the header does not decode. Nobody gets the message then.
     #[inline]
     pub fn publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+        self.try_publish(topic, message)
+            .inspect_err(|status| self.refused(topic, message, status))
+    }
+
+    #[inline]
+    fn try_publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
         if topic.decided != self.fabric.policy_generation() {
             (topic.decided, topic.denial) = self.decide(&topic.flow.topic);
         }
@@ -140,22 +193,23 @@ impl Publisher {
             self.fabric.metrics.deny("publish");
             return Err(denial.clone());
         }
+        self.usage.admit()?;
+        self.refresh(topic);
+        let mut failing = None;
         if message.qos != Qos::AtMostOnce
             && let Some(store) = &self.fabric.store
             && let Err(error) = store.check()
         {
-            let retry_after = match error {
-                StoreError::Behind => Duration::from_millis(100),
-                StoreError::Failed(_) => Duration::from_secs(1),
-            };
-            return Err(
-                Status::new(Code::ResourceExhausted, error.to_string()).retry_after(retry_after)
-            );
+            failing = Some(refusal(&error)?);
         }
         let payload = message.payload.as_slice();
-        let simple = message.header.is_none() && !message.retain && payload.len() < LARGE;
-        if !simple || !topic.route.groups.is_empty() {
-            return self.publish_alone(topic, message);
+        let simple = message.header.is_none()
+            && !message.retain
+            && payload.len() < LARGE
+            && message.durability != Durability::Disk
+            && failing.is_none();
+        if !simple || topic.route.may_refuse || !topic.route.groups.is_empty() {
+            return self.publish_alone(topic, message, failing.as_ref());
         }
         let qos = message.qos.min(Qos::AtLeastOnce);
         if topic.pending_qos != qos || topic.pending.len() >= BATCH {
@@ -171,6 +225,27 @@ impl Publisher {
         );
         topic.pending_count += 1;
         Ok(())
+    }
+
+    /// Remembers a refusal for `selvedge explain`.
+    #[cold]
+    fn refused(&self, topic: &Topic, message: &Incoming<'_>, status: &Status) {
+        let id = HeaderFacts::read(message.header, clock::now())
+            .map(|facts| facts.message_id)
+            .unwrap_or_default();
+        let id = (!id.is_empty()).then_some(id);
+        self.tenant
+            .explain
+            .refused(&self.identity, Some(&topic.flow.topic), id, status);
+    }
+
+    /// Finds the route again if subscriptions have changed.
+    #[inline]
+    fn refresh(&self, topic: &mut Topic) {
+        let router = &self.tenant.router;
+        if topic.route.generation != router.generation() {
+            topic.route = router.route(&topic.flow.topic, self.session);
+        }
     }
 
     /// The denial of a topic, if there is one, and the generation of the policy that says so.
@@ -201,7 +276,8 @@ impl Publisher {
             payload: Bytes::new(),
             expires: None,
         };
-        self.dispatch(topic, batch);
+        self.refresh(topic);
+        self.hand_out(topic, &Arc::new(batch), None);
     }
 
     /// Publishes one message to a topic that is not worth keeping open.
@@ -223,6 +299,7 @@ impl Publisher {
             &Incoming {
                 qos,
                 retain,
+                durability: Durability::Default,
                 header: header.map(|header| &header[..]),
                 payload: Payload::Shared(payload.clone()),
             },
@@ -254,12 +331,12 @@ impl Publisher {
     }
 
     /// Durability that is reached without waiting, or `None` when an acknowledgement has to wait
-    /// for [`Self::synced`]. `stored` says whether anything went to the store.
-    pub fn reached(&self, demanded: Durability, stored: bool) -> Option<Durability> {
+    /// for [`Self::synced`]. `demanded` is what [`Topic::durability`] says.
+    pub fn reached(&self, demanded: Durability, outcome: Outcome) -> Option<Durability> {
         match demanded {
             // What was put in no kept queue has nothing to be lost, but the demand is an order.
             Durability::Disk | Durability::Replicated => None,
-            Durability::Default if stored && self.fabric.sync_by_default => None,
+            Durability::Default if outcome.stored && !outcome.given_up => None,
             Durability::Default | Durability::Memory => Some(Durability::Memory),
         }
     }
@@ -275,55 +352,73 @@ impl Publisher {
     }
 
     /// Publishes a message that cannot be packed with others: it is large, has a header, is to be
-    /// retained, or goes to a share group.
+    /// retained, goes to a share group, or somebody has to be asked for room first. `failing` says
+    /// that the store cannot keep it.
     #[inline(never)]
-    fn publish_alone(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+    fn publish_alone(
+        &self,
+        topic: &mut Topic,
+        message: &Incoming<'_>,
+        failing: Option<&Status>,
+    ) -> Result<(), Status> {
         // What came before stays before.
         self.flush(topic);
-        let expires = expiry_of(message.header, clock::now())
+        let now = clock::now();
+        let facts = HeaderFacts::read(message.header, now)
             .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
-        let qos = message.qos.min(Qos::AtLeastOnce);
-        let payload = message.payload.as_slice();
-        let mut frames = BytesMut::new();
-        let (frames, apart) = match &message.payload {
-            Payload::Shared(shared) if payload.len() >= LARGE => {
-                lane::put_message_head(
-                    &mut frames,
-                    Flags::new(qos),
-                    topic.flow.id,
-                    message.header,
-                    payload.len(),
-                );
-                (frames.freeze(), shared.clone())
-            }
-            _ => {
-                lane::put_message(
-                    &mut frames,
-                    Flags::new(qos),
-                    topic.flow.id,
-                    message.header,
-                    payload,
-                );
-                (frames.freeze(), Bytes::new())
-            }
-        };
-        let batch = Batch {
-            flow: Arc::clone(&topic.flow),
-            class: topic.class,
-            qos,
-            retain: false,
-            retain_as_published: message.retain,
-            count: 1,
-            frames,
-            payload: apart,
-            expires,
-        };
-        if message.retain {
-            self.retain(&batch, payload.is_empty())?;
-            topic.stored |= self.fabric.store.is_some();
+        let id = &facts.message_id;
+        if id.len() > MAX_MESSAGE_ID {
+            return Err(Status::new(
+                Code::InvalidArgument,
+                format!(
+                    "message id of {} bytes: expected at most {MAX_MESSAGE_ID}",
+                    id.len()
+                ),
+            ));
         }
-        self.dispatch(topic, batch);
+        let batch = Arc::new(alone(topic, message, facts.expires));
+        if !id.is_empty() && self.tenant.dedup.contains(&self.identity, id, now) {
+            self.taken_before(topic, &batch);
+            return Ok(());
+        }
+        if let Some(status) = failing.filter(|_| message.retain) {
+            return Err(status.clone());
+        }
+        let on_disk = message.durability == Durability::Disk;
+        let ask = topic.route.may_refuse
+            || failing.is_some()
+            || (on_disk && batch.qos != Qos::AtMostOnce);
+        let plan = if ask {
+            Some(self.plan(topic, &batch, on_disk, failing)?)
+        } else {
+            None
+        };
+        let retained = if message.retain {
+            self.retain(&batch, message.payload.as_slice().is_empty())
+        } else {
+            Ok(())
+        };
+        let kept = batch.qos != Qos::AtMostOnce;
+        let first = retained.is_ok()
+            && (id.is_empty() || self.tenant.dedup.first(&self.identity, id, kept, now));
+        if !first {
+            release(plan.into_iter().flatten());
+            // The same id on another connection of the publisher was quicker.
+            return retained.map(|()| self.taken_before(topic, &batch));
+        }
+        topic.outcome.stored |= message.retain && self.fabric.store.is_some();
+        self.hand_out(topic, &batch, plan);
         Ok(())
+    }
+
+    /// Notes a message that was taken before: it goes nowhere, and its acknowledgement waits until
+    /// the first one is kept.
+    #[cold]
+    fn taken_before(&self, topic: &mut Topic, batch: &Batch) {
+        topic.outcome.stored |= self.fabric.store.is_some();
+        self.tenant
+            .losses
+            .lose(Reason::Duplicate, None, batch, batch.count);
     }
 
     fn retain(&self, batch: &Batch, clear: bool) -> Result<(), Status> {
@@ -345,95 +440,235 @@ impl Publisher {
         }
     }
 
-    fn dispatch(&self, topic: &mut Topic, batch: Batch) {
-        let router = &self.tenant.router;
-        if topic.route.generation != router.generation() {
-            topic.route = router.route(&topic.flow.topic, self.session);
+    /// Asks every receiver for room.
+    ///
+    /// # Errors
+    /// One has none: no room is held then.
+    fn plan(
+        &self,
+        topic: &Topic,
+        batch: &Arc<Batch>,
+        on_disk: bool,
+        failing: Option<&Status>,
+    ) -> Result<Vec<Planned>, Status> {
+        let mut plan = Vec::with_capacity(topic.route.targets.len() + topic.route.groups.len());
+        let mut refusal = None;
+        let targets = topic
+            .route
+            .targets
+            .iter()
+            .map(|target| (Arc::clone(&target.subscriber), target.max_qos));
+        let mut members = Vec::new();
+        for group in &topic.route.groups {
+            match group.choose(&topic.flow.topic, self.session, batch.class, batch.qos) {
+                Choice::Member(member) | Choice::Waits(member) => {
+                    let max_qos = member.max_qos;
+                    members.push((member, max_qos));
+                }
+                Choice::Nobody if on_disk || group.refuses() => {
+                    refusal = Some(full("no member of a share group has room"));
+                }
+                Choice::Nobody => {
+                    self.tenant
+                        .losses
+                        .lose(Reason::NoMember, None, batch, batch.count);
+                }
+            }
         }
+        for (receiver, max_qos) in targets.chain(members) {
+            let batch = Arc::clone(batch).at_most(max_qos);
+            // A store that fails keeps nothing, so whoever is kept there cannot be served.
+            let reserved =
+                receiver.queues[batch.class.index()].reserve(&batch, on_disk || failing.is_some());
+            match (reserved, failing) {
+                (Reserved::Held, None) | (Reserved::NotNeeded, _) => {}
+                (Reserved::Full, None) => {
+                    refusal.get_or_insert_with(|| full("the queue of a receiver is full"));
+                    continue;
+                }
+                (Reserved::Held | Reserved::Full, Some(status)) => {
+                    refusal.get_or_insert_with(|| status.clone());
+                }
+            }
+            plan.push(Planned {
+                receiver,
+                batch,
+                reserved: reserved == Reserved::Held,
+            });
+        }
+        match refusal {
+            None => Ok(plan),
+            Some(status) => {
+                release(plan);
+                Err(status)
+            }
+        }
+    }
+
+    /// Hands a batch to its receivers, and to the history if the topic has one.
+    fn hand_out(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Vec<Planned>>) {
         let metrics = &self.fabric.metrics;
         metrics.messages_in.inc_by(batch.count.into());
         metrics
             .bytes_in
             .inc_by((batch.frames.len() + batch.payload.len()) as u64);
-        let batch = Arc::new(batch);
-        // The same messages at QoS 0, made when the first receiver wants them.
-        let mut downgraded: Option<Arc<Batch>> = None;
-        let mut for_qos = |max: Qos| -> Arc<Batch> {
-            if max >= batch.qos {
-                Arc::clone(&batch)
-            } else {
-                Arc::clone(downgraded.get_or_insert_with(|| Arc::new(batch.with_flags(max, false))))
-            }
-        };
-        let mut stored = false;
-        for target in &topic.route.targets {
-            stored |= self.push(&target.subscriber, &for_qos(target.max_qos));
+        match topic.history.clone() {
+            None => self.deliver(topic, batch, plan),
+            Some(history) => history.publish(batch, || {
+                // A subscription that begins with a replay has either seen this message in the
+                // history, or is in the route by now.
+                self.refresh(topic);
+                self.deliver(topic, batch, plan);
+            }),
         }
-        for group in &topic.route.groups {
-            if batch.count == 1 {
-                if let Some(member) = group.choose(&topic.flow.topic, self.session) {
-                    stored |= self.push(&member, &for_qos(member.max_qos));
-                }
-                continue;
-            }
-            // Filled before the first group subscribed: each message has its own receiver.
-            for message in batch.messages() {
-                let Some(member) = group.choose(&topic.flow.topic, self.session) else {
-                    continue;
-                };
-                let qos = batch.qos.min(member.max_qos);
-                let mut frames = BytesMut::new();
-                lane::put_message(
-                    &mut frames,
-                    Flags::new(qos),
-                    batch.flow.id,
-                    message.header.as_deref(),
-                    &message.payload,
-                );
-                let single = Batch {
-                    flow: Arc::clone(&batch.flow),
-                    qos,
-                    count: 1,
-                    frames: frames.freeze(),
-                    payload: Bytes::new(),
-                    ..*batch
-                };
-                stored |= self.push(&member, &Arc::new(single));
-            }
-        }
-        topic.stored |= stored;
     }
 
-    /// Puts a batch into a receiver's queue; whether it also goes to the store.
     #[inline]
-    fn push(&self, subscriber: &Subscriber, batch: &Arc<Batch>) -> bool {
-        let metrics = &self.fabric.metrics;
-        match subscriber.queues[batch.class.index()].push(batch) {
-            Pushed::Queued { dropped, stored } => {
-                if dropped > 0 {
-                    metrics.dropped_overflow.inc_by(dropped.into());
-                }
-                return stored;
+    fn deliver(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Vec<Planned>>) {
+        if let Some(plan) = plan {
+            for planned in plan {
+                let queue = &planned.receiver.queues[planned.batch.class.index()];
+                let pushed = if planned.reserved {
+                    queue.push_reserved(&planned.batch)
+                } else {
+                    queue.push(&planned.batch)
+                };
+                note(&mut topic.outcome, &planned.receiver, pushed);
             }
-            Pushed::Full => {
-                metrics.dropped_overflow.inc_by(batch.count.into());
-            }
-            Pushed::Offline => {
-                metrics.dropped_offline.inc_by(batch.count.into());
-            }
-            Pushed::Disconnect => {
-                metrics.dropped_overflow.inc_by(batch.count.into());
-                if let Some(session) = subscriber.session.upgrade() {
-                    session.kick(Status::new(
-                        Code::ResourceExhausted,
-                        "the queue of a subscription that disconnects on overflow is full",
-                    ));
-                }
-            }
-            Pushed::Closed => {
-                metrics.dropped_session_ended.inc_by(batch.count.into());
+            return;
+        }
+        // The same messages at QoS 0, made when the first receiver wants them.
+        let mut downgraded: Option<Arc<Batch>> = None;
+        for target in &topic.route.targets {
+            let batch = if target.max_qos >= batch.qos {
+                batch
+            } else {
+                downgraded.get_or_insert_with(|| Arc::new(batch.with_flags(target.max_qos, false)))
+            };
+            let pushed = target.subscriber.queues[batch.class.index()].push(batch);
+            note(&mut topic.outcome, &target.subscriber, pushed);
+        }
+        if topic.route.groups.is_empty() {
+            return;
+        }
+        if batch.count == 1 {
+            self.deliver_to_groups(topic, batch);
+        } else {
+            // Filled before the first group subscribed: each message has its own receiver.
+            for single in batch.singles() {
+                self.deliver_to_groups(topic, &Arc::new(single));
             }
         }
-        false
+    }
+
+    fn deliver_to_groups(&self, topic: &mut Topic, batch: &Arc<Batch>) {
+        for group in &topic.route.groups {
+            match group.choose(&topic.flow.topic, self.session, batch.class, batch.qos) {
+                Choice::Member(member) => {
+                    let batch = Arc::clone(batch).at_most(member.max_qos);
+                    let pushed = member.queues[batch.class.index()].push(&batch);
+                    note(&mut topic.outcome, &member, pushed);
+                }
+                Choice::Waits(member) => {
+                    let batch = Arc::clone(batch).at_most(member.max_qos);
+                    let pushed = member.queues[batch.class.index()].push(&batch);
+                    note(&mut topic.outcome, &member, pushed);
+                    // Somebody may have come while it was put there.
+                    group.hand_on();
+                }
+                Choice::Nobody => {
+                    topic.outcome.given_up |= batch.qos != Qos::AtMostOnce;
+                    self.tenant
+                        .losses
+                        .lose(Reason::NoMember, None, batch, batch.count);
+                }
+            }
+        }
+    }
+}
+
+/// Notes what became of a batch in a receiver's queue.
+#[inline]
+fn note(outcome: &mut Outcome, receiver: &Subscriber, pushed: Pushed) {
+    match pushed {
+        Pushed::Queued { stored } => outcome.stored |= stored,
+        Pushed::Lost { kept } => outcome.given_up |= kept,
+        Pushed::Disconnect => {
+            outcome.given_up = true;
+            if let Some(session) = receiver.session.upgrade() {
+                session.kick(Status::new(
+                    Code::ResourceExhausted,
+                    "the queue of a subscription that disconnects on overflow is full",
+                ));
+            }
+        }
+    }
+}
+
+fn release(plan: impl IntoIterator<Item = Planned>) {
+    for planned in plan {
+        if planned.reserved {
+            planned.receiver.queues[planned.batch.class.index()].release(&planned.batch);
+        }
+    }
+}
+
+fn full(what: &str) -> Status {
+    Status::new(
+        Code::ResourceExhausted,
+        format!("{what}: try again when it has caught up"),
+    )
+    .retry_after(Duration::from_millis(100))
+}
+
+/// What a publisher is told of a store that fails, for messages that would have to be kept.
+///
+/// # Errors
+/// The store is only behind: then nothing is taken at QoS 1 until it has caught up.
+fn refusal(error: &StoreError) -> Result<Status, Status> {
+    let status = Status::new(Code::ResourceExhausted, error.to_string());
+    match error {
+        StoreError::Behind => Err(status.retry_after(Duration::from_millis(100))),
+        StoreError::Failed(_) => Ok(status.retry_after(Duration::from_secs(1))),
+    }
+}
+
+/// The batch of a message that is alone.
+fn alone(topic: &Topic, message: &Incoming<'_>, expires: Option<Instant>) -> Batch {
+    let qos = message.qos.min(Qos::AtLeastOnce);
+    let payload = message.payload.as_slice();
+    let mut frames = BytesMut::new();
+    let (frames, apart) = match &message.payload {
+        Payload::Shared(shared) if payload.len() >= LARGE => {
+            lane::put_message_head(
+                &mut frames,
+                Flags::new(qos),
+                topic.flow.id,
+                message.header,
+                payload.len(),
+            );
+            (frames.freeze(), shared.clone())
+        }
+        _ => {
+            lane::put_message(
+                &mut frames,
+                Flags::new(qos),
+                topic.flow.id,
+                message.header,
+                payload,
+            );
+            (frames.freeze(), Bytes::new())
+        }
+    };
+    Batch {
+        flow: Arc::clone(&topic.flow),
+        class: topic.class,
+        qos,
+        retain: false,
+        retain_as_published: message.retain,
+        count: 1,
+        frames,
+        payload: apart,
+        expires,
     }
 }

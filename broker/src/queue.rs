@@ -4,11 +4,15 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use selvedge_proto::message::{Class, Qos};
 use tokio::sync::Notify;
 
+use crate::backlog::Backlog;
 use crate::batch::Batch;
+use crate::losses::{Losses, Reason};
+use crate::quota::Usage;
+use crate::session::SessionKey;
 use crate::store::{Change, QueueKey, Store};
 
 #[cfg(test)]
@@ -24,6 +28,8 @@ pub enum Overflow {
     DropOldest,
     /// Gives up the new message.
     DropNewest,
+    /// The publisher is refused: the message reaches nobody, and the publisher may try again.
+    Refuse,
     /// Ends the receiver's connection.
     Disconnect,
 }
@@ -35,37 +41,52 @@ impl Overflow {
             Self::Default => "default",
             Self::DropOldest => "drop_oldest",
             Self::DropNewest => "drop_newest",
+            Self::Refuse => "refuse",
             Self::Disconnect => "disconnect",
         }
     }
 
     /// The policy of a word; an unknown one is the default.
     pub fn from_word(word: &str) -> Self {
-        [Self::DropOldest, Self::DropNewest, Self::Disconnect]
-            .into_iter()
-            .find(|overflow| overflow.as_str() == word)
-            .unwrap_or_default()
+        [
+            Self::DropOldest,
+            Self::DropNewest,
+            Self::Refuse,
+            Self::Disconnect,
+        ]
+        .into_iter()
+        .find(|overflow| overflow.as_str() == word)
+        .unwrap_or_default()
     }
 }
 
-/// What became of a batch that was pushed.
+/// What became of a batch that was pushed. What was given up for it has been counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
-    /// It waits in the queue; so many older messages were given up for it.
+    /// It waits in the queue.
     Queued {
-        /// Older messages dropped.
-        dropped: u32,
         /// It is also on its way to the store: an acknowledgement may have to wait for that.
         stored: bool,
     },
-    /// The queue is full and the new messages were given up.
-    Full,
-    /// The receiver is offline and QoS 0 is not kept for it.
-    Offline,
-    /// The queue is full and its policy ends the connection.
+    /// It was given up.
+    Lost {
+        /// The queue is one whose messages are kept on disk, so an acknowledgement must not claim that.
+        kept: bool,
+    },
+    /// It was given up, and the queue's policy is to end the connection.
     Disconnect,
-    /// The session has ended.
-    Closed,
+}
+
+/// Whether a queue has promised room for a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reserved {
+    /// There is room, and it is held until [`DeliveryQueue::push_reserved`] or
+    /// [`DeliveryQueue::release`].
+    Held,
+    /// The queue does not refuse publishers: nothing is held.
+    NotNeeded,
+    /// There is no room.
+    Full,
 }
 
 /// One place in a queue.
@@ -88,6 +109,8 @@ struct Inner {
     inflight_bytes: usize,
     /// Cost of `entries` and `inflight`.
     bytes: usize,
+    /// Cost of batches that were promised room and have not come yet.
+    reserved: usize,
     /// Number of the last QoS 1 message sent on the current lane.
     sent: u64,
     /// The connection that may take and acknowledge; another one is stale.
@@ -104,6 +127,31 @@ struct Inner {
     largest: usize,
     /// A lane writer waits on `wake`; without one the session's activations are used.
     writer: bool,
+    /// What is owed besides the entries.
+    backlogs: VecDeque<Box<dyn Backlog>>,
+    /// A replay is being looked up; nothing goes out before it.
+    held: bool,
+}
+
+impl Inner {
+    /// Whether a batch of this cost is too much. One that is larger than the whole queue still passes
+    /// when nothing else waits.
+    fn is_over(&self, cost: usize, limit: usize) -> bool {
+        let bytes = self.bytes + self.reserved;
+        bytes + cost > limit && bytes > 0
+    }
+
+    /// Whether what is published from now on has to wait for a replay.
+    fn is_replaying(&self) -> bool {
+        self.held || self.backlogs.iter().any(|backlog| backlog.before_live())
+    }
+
+    /// Whether the next take would find something without a grant for backlog.
+    fn has_live(&self) -> bool {
+        self.entries
+            .front()
+            .is_some_and(|front| front.duplicate || !self.is_replaying())
+    }
 }
 
 /// Queues that became ready and the receiver's bell.
@@ -163,6 +211,21 @@ pub struct QueueStore {
     pub session: u64,
 }
 
+/// What all queues of a session have in common.
+#[derive(Debug)]
+pub struct Owner {
+    /// Whose queues they are.
+    pub key: SessionKey,
+    /// Bell of the session.
+    pub outbox: Arc<Outbox>,
+    /// Takes note of what is given up.
+    pub losses: Losses,
+    /// What the identity may use.
+    pub usage: Arc<Usage>,
+    /// Where entries are kept, if anywhere.
+    pub store: Option<QueueStore>,
+}
+
 /// What a queue is made of.
 #[derive(Debug)]
 pub struct QueueOptions {
@@ -174,14 +237,14 @@ pub struct QueueOptions {
     pub limit: usize,
     /// What it does when full.
     pub overflow: Overflow,
-    /// Bell of the session.
-    pub outbox: Arc<Outbox>,
-    /// Where its entries are kept, if anywhere.
-    pub store: Option<QueueStore>,
+    /// The session that it is part of.
+    pub owner: Arc<Owner>,
     /// Number of the connection that the session has, if it has one.
     pub online: Option<u64>,
     /// The session outlives its connections.
     pub durable: bool,
+    /// Nothing goes out before [`DeliveryQueue::owe`] has been called.
+    pub held: bool,
 }
 
 /// A bounded queue of batches for one receiver, one class and one lane group.
@@ -193,8 +256,7 @@ pub struct DeliveryQueue {
     pub subscription: u32,
     limit: usize,
     overflow: Overflow,
-    outbox: Arc<Outbox>,
-    store: Option<QueueStore>,
+    owner: Arc<Owner>,
     wake: Notify,
     this: Weak<Self>,
     inner: Mutex<Inner>,
@@ -208,86 +270,174 @@ impl DeliveryQueue {
             subscription,
             limit,
             overflow,
-            outbox,
-            store,
+            owner,
             online,
             durable,
+            held,
         } = options;
         Arc::new_cyclic(|this| Self {
             class,
             subscription,
             limit,
             overflow,
-            outbox,
-            store,
+            owner,
             wake: Notify::new(),
             this: this.clone(),
             inner: Mutex::new(Inner {
                 online: online.is_some(),
                 epoch: online.unwrap_or_default(),
                 durable,
+                held,
                 ..Inner::default()
             }),
         })
     }
 
-    /// Adds a batch and wakes the receiver if it sleeps.
+    /// Adds a batch and wakes the receiver if it sleeps. What is given up is counted here.
     pub fn push(&self, batch: &Arc<Batch>) -> Pushed {
         let mut inner = self.inner.lock();
         if inner.closed {
-            return Pushed::Closed;
+            drop(inner);
+            return self.give_up(Reason::SessionEnded, batch, false);
         }
         if !inner.online && batch.qos == Qos::AtMostOnce {
-            return Pushed::Offline;
+            drop(inner);
+            return self.give_up(Reason::Offline, batch, false);
         }
         let cost = batch.cost();
-        let mut dropped = 0;
-        // A batch larger than the whole queue still passes when nothing else waits.
-        if inner.bytes + cost > self.limit && inner.bytes > 0 {
+        let kept = inner.durable && batch.qos != Qos::AtMostOnce;
+        if inner.is_over(cost, self.limit) {
             let overflow = match (self.overflow, batch.qos) {
                 (Overflow::Default, Qos::AtMostOnce) => Overflow::DropOldest,
                 (Overflow::Default, _) => Overflow::DropNewest,
                 (other, _) => other,
             };
             match overflow {
-                Overflow::Disconnect => return Pushed::Disconnect,
-                Overflow::DropNewest | Overflow::Default => return Pushed::Full,
+                Overflow::Disconnect => {
+                    drop(inner);
+                    self.give_up(Reason::QueueFull, batch, kept);
+                    return Pushed::Disconnect;
+                }
                 Overflow::DropOldest => {
-                    while inner.bytes + cost > self.limit
-                        && let Some(front) = inner.entries.front()
-                        && front.batch.qos == Qos::AtMostOnce
-                    {
-                        dropped += front.batch.count;
-                        inner.bytes -= front.batch.cost();
-                        inner.entries.pop_front();
+                    self.make_room(&mut inner, cost);
+                    if inner.is_over(cost, self.limit) {
+                        drop(inner);
+                        return self.give_up(Reason::QueueFull, batch, kept);
                     }
-                    if inner.bytes + cost > self.limit && inner.bytes > 0 {
-                        return Pushed::Full;
-                    }
+                }
+                // A publisher that asked for room and was refused does not come here.
+                Overflow::DropNewest | Overflow::Default | Overflow::Refuse => {
+                    drop(inner);
+                    return self.give_up(Reason::QueueFull, batch, kept);
                 }
             }
         }
-        inner.bytes += cost;
-        let stored = match &self.store {
-            Some(to) if inner.durable && batch.qos != Qos::AtMostOnce => {
-                inner.sequence += 1;
-                to.store.put(Change::Enqueue(
-                    self.key(to, inner.sequence),
-                    Arc::clone(batch),
-                ));
-                Some(inner.sequence)
-            }
-            _ => None,
+        if !self.owner.usage.take_bytes(cost) {
+            drop(inner);
+            return self.give_up(Reason::QueueFull, batch, kept);
+        }
+        self.add(inner, batch, false)
+    }
+
+    /// Asks for room for a batch on behalf of a publisher that would rather be refused than have it
+    /// given up: where the queue's policy is to refuse, and, if the publisher demands that the batch
+    /// be on disk, where the queue is kept.
+    pub fn reserve(&self, batch: &Batch, on_disk: bool) -> Reserved {
+        let mut inner = self.inner.lock();
+        let reliable = batch.qos != Qos::AtMostOnce;
+        let matters = self.overflow == Overflow::Refuse || (on_disk && inner.durable && reliable);
+        if !matters || inner.closed || (!inner.online && !reliable) {
+            return Reserved::NotNeeded;
+        }
+        let cost = batch.cost();
+        if inner.is_over(cost, self.limit) || !self.owner.usage.take_bytes(cost) {
+            return Reserved::Full;
+        }
+        inner.reserved += cost;
+        Reserved::Held
+    }
+
+    /// Gives back room that was held.
+    pub fn release(&self, batch: &Batch) {
+        self.inner.lock().reserved -= batch.cost();
+        self.owner.usage.give_bytes(batch.cost());
+    }
+
+    /// Adds a batch that room is held for.
+    pub fn push_reserved(&self, batch: &Arc<Batch>) -> Pushed {
+        let mut inner = self.inner.lock();
+        inner.reserved -= batch.cost();
+        let reason = if inner.closed {
+            Reason::SessionEnded
+        } else if !inner.online && batch.qos == Qos::AtMostOnce {
+            Reason::Offline
+        } else {
+            return self.add(inner, batch, false);
         };
+        drop(inner);
+        self.owner.usage.give_bytes(batch.cost());
+        self.give_up(reason, batch, false)
+    }
+
+    /// Adds a batch whose bytes the identity has been charged for.
+    fn add(&self, mut inner: MutexGuard<'_, Inner>, batch: &Arc<Batch>, duplicate: bool) -> Pushed {
+        inner.bytes += batch.cost();
+        let stored = self.keep(&mut inner, batch);
         inner.entries.push_back(Entry {
             batch: Arc::clone(batch),
-            duplicate: false,
+            duplicate,
             stored,
         });
         self.schedule(inner);
         Pushed::Queued {
-            dropped,
             stored: stored.is_some(),
+        }
+    }
+
+    /// Puts a batch in the store, if it is one to be kept.
+    fn keep(&self, inner: &mut Inner, batch: &Arc<Batch>) -> Option<u64> {
+        let to = self.owner.store.as_ref()?;
+        if !inner.durable || batch.qos == Qos::AtMostOnce {
+            return None;
+        }
+        inner.sequence += 1;
+        let key = self.key(to, inner.sequence);
+        to.store.put(Change::Enqueue(key, Arc::clone(batch)));
+        Some(inner.sequence)
+    }
+
+    /// Gives up the oldest QoS 0 batches until one of this cost fits, or a QoS 1 batch is in the way.
+    fn make_room(&self, inner: &mut Inner, cost: usize) {
+        while inner.is_over(cost, self.limit)
+            && let Some(front) = inner
+                .entries
+                .pop_front_if(|front| front.batch.qos == Qos::AtMostOnce)
+        {
+            inner.bytes -= front.batch.cost();
+            self.owner.usage.give_bytes(front.batch.cost());
+            self.lose(Reason::QueueFull, &front.batch);
+        }
+    }
+
+    fn lose(&self, reason: Reason, batch: &Batch) {
+        let receiver = Some(&self.owner.key);
+        self.owner.losses.lose(reason, receiver, batch, batch.count);
+    }
+
+    #[cold]
+    fn give_up(&self, reason: Reason, batch: &Batch, kept: bool) -> Pushed {
+        self.lose(reason, batch);
+        Pushed::Lost { kept }
+    }
+
+    /// Says what the receiver is owed besides what is published. Ends the hold that the queue began
+    /// with.
+    pub fn owe(&self, backlog: Option<Box<dyn Backlog>>) {
+        let mut inner = self.inner.lock();
+        inner.held = false;
+        inner.backlogs.extend(backlog);
+        if !inner.entries.is_empty() || !inner.backlogs.is_empty() {
+            self.schedule(inner);
         }
     }
 
@@ -295,6 +445,8 @@ impl DeliveryQueue {
     pub fn restore(&self, batch: Arc<Batch>, sequence: u64) {
         let mut inner = self.inner.lock();
         inner.bytes += batch.cost();
+        // What is kept stays, whatever the limits are by now.
+        self.owner.usage.charge(batch.cost());
         inner.sequence = inner.sequence.max(sequence);
         inner.entries.push_back(Entry {
             batch,
@@ -311,7 +463,7 @@ impl DeliveryQueue {
 
     /// Takes an entry out of the store.
     fn unstore(&self, entry: &Entry) {
-        if let (Some(to), Some(sequence)) = (&self.store, entry.stored) {
+        if let (Some(to), Some(sequence)) = (&self.owner.store, entry.stored) {
             to.store.put(Change::Dequeue(self.key(to, sequence)));
         }
     }
@@ -325,14 +477,17 @@ impl DeliveryQueue {
         }
     }
 
-    /// Takes entries up to about `budget` bytes. An empty answer means that the next push wakes.
+    /// Takes entries up to about `budget` bytes, and up to `owed` bytes of what is owed besides. An
+    /// empty answer means that the next push wakes; [`Taken::owes`] says that there is more to come
+    /// for a grant of owed bytes.
     ///
     /// QoS 1 entries move to the in-flight part and stay there until acknowledged; their messages
-    /// are numbered on from the last. Entries past their expiry are left out and counted.
+    /// are numbered on from the last. Entries past their expiry and those too large for the receiver
+    /// are left out and counted.
     ///
     /// `epoch` is the connection's number within the session: one that no longer holds the session
     /// gets nothing, so that it cannot shift the numbers of the one that does.
-    pub fn take(&self, epoch: u64, budget: usize, now: Instant) -> Taken {
+    pub fn take(&self, epoch: u64, budget: usize, owed: usize, now: Instant) -> Taken {
         let mut inner = self.inner.lock();
         let mut taken = Taken::default();
         if inner.epoch != epoch {
@@ -342,40 +497,78 @@ impl DeliveryQueue {
             return taken;
         }
         let mut bytes = 0;
-        while bytes < budget {
+        while bytes < budget && inner.has_live() {
             let Some(entry) = inner.entries.pop_front() else {
                 break;
             };
             let cost = entry.batch.cost();
-            if entry.batch.expires.is_some_and(|expires| expires <= now) {
-                inner.bytes -= cost;
-                taken.expired += entry.batch.count;
-                self.unstore(&entry);
-                continue;
-            }
-            // Small messages are packed together; only one that is alone can be too large.
-            let size = entry.batch.frames.len() + entry.batch.payload.len();
-            if inner.largest > 0 && entry.batch.count == 1 && size > inner.largest {
-                inner.bytes -= cost;
-                taken.too_large += 1;
-                self.unstore(&entry);
-                continue;
-            }
-            bytes += cost;
-            if entry.batch.qos == Qos::AtMostOnce {
-                inner.bytes -= cost;
+            if self.hand_out(&mut inner, entry, now, &mut taken) {
+                bytes += cost;
             } else {
-                inner.sent += u64::from(entry.batch.count);
-                let last = inner.sent;
-                inner.inflight.push_back((last, entry.clone()));
-                inner.inflight_bytes += cost;
+                inner.bytes -= cost;
+                self.owner.usage.give_bytes(cost);
             }
-            taken.entries.push(entry);
         }
-        if taken.entries.is_empty() && inner.entries.is_empty() {
+        let owed = owed.min(budget.saturating_sub(bytes));
+        if owed > 0
+            && !inner.held
+            && let Some(backlog) = inner.backlogs.front_mut()
+        {
+            let chunk = backlog.next(owed);
+            if chunk.done {
+                inner.backlogs.pop_front();
+            }
+            for batch in chunk.batches {
+                let cost = batch.cost();
+                let entry = Entry {
+                    stored: self.keep(&mut inner, &batch),
+                    batch,
+                    duplicate: false,
+                };
+                inner.bytes += cost;
+                self.owner.usage.charge(cost);
+                if !self.hand_out(&mut inner, entry, now, &mut taken) {
+                    inner.bytes -= cost;
+                    self.owner.usage.give_bytes(cost);
+                }
+            }
+        }
+        taken.owes = !inner.backlogs.is_empty();
+        if taken.entries.is_empty() && !inner.has_live() {
             inner.scheduled = false;
         }
         taken
+    }
+
+    /// Gives an entry to the receiver; `false` when it is not to be sent. A QoS 0 entry is no longer
+    /// the queue's after that.
+    fn hand_out(&self, inner: &mut Inner, entry: Entry, now: Instant, taken: &mut Taken) -> bool {
+        let cost = entry.batch.cost();
+        let expired = entry.batch.expires.is_some_and(|expires| expires <= now);
+        // Small messages are packed together; only one that is alone can be too large.
+        let size = entry.batch.frames.len() + entry.batch.payload.len();
+        let too_large = inner.largest > 0 && entry.batch.count == 1 && size > inner.largest;
+        if expired || too_large {
+            self.unstore(&entry);
+            let reason = if expired {
+                Reason::Expired
+            } else {
+                Reason::TooLarge
+            };
+            self.lose(reason, &entry.batch);
+            return false;
+        }
+        if entry.batch.qos == Qos::AtMostOnce {
+            inner.bytes -= cost;
+            self.owner.usage.give_bytes(cost);
+        } else {
+            inner.sent += u64::from(entry.batch.count);
+            let last = inner.sent;
+            inner.inflight.push_back((last, entry.clone()));
+            inner.inflight_bytes += cost;
+        }
+        taken.entries.push(entry);
+        true
     }
 
     /// Whether the lane may take more: fewer than `limit` bytes are unacknowledged. When it may
@@ -397,6 +590,7 @@ impl DeliveryQueue {
             done += u64::from(entry.batch.count);
             inner.bytes -= cost;
             inner.inflight_bytes -= cost;
+            self.owner.usage.give_bytes(cost);
             self.unstore(&entry);
         }
         drop(inner);
@@ -426,49 +620,83 @@ impl DeliveryQueue {
         inner.online = true;
         inner.writer = false;
         inner.scheduled = false;
-        if !inner.entries.is_empty() {
+        if !inner.entries.is_empty() || !inner.backlogs.is_empty() {
             self.schedule(inner);
         }
     }
 
     /// The connection is gone. What is unacknowledged waits; QoS 0 is dropped and counted.
-    pub fn offline(&self) -> u64 {
+    pub fn offline(&self) {
         let mut inner = self.inner.lock();
         inner.online = false;
         inner.writer = false;
         requeue(&mut inner);
-        let mut dropped = 0;
-        let mut kept = 0;
-        inner.entries.retain(|entry| {
+        let Inner { entries, bytes, .. } = &mut *inner;
+        entries.retain(|entry| {
             let keep = entry.batch.qos != Qos::AtMostOnce;
-            if keep {
-                kept += entry.batch.cost();
-            } else {
-                dropped += u64::from(entry.batch.count);
+            if !keep {
+                *bytes -= entry.batch.cost();
+                self.owner.usage.give_bytes(entry.batch.cost());
+                self.lose(Reason::Offline, &entry.batch);
             }
             keep
         });
-        inner.bytes = kept;
-        dropped
     }
 
-    /// The session has ended: nothing is taken any more.
-    pub fn close(&self) -> u64 {
+    /// The session or subscription has ended: nothing is taken any more, and what waits is lost.
+    pub fn close(&self) {
         let mut inner = self.inner.lock();
         inner.closed = true;
-        let lost = inner
-            .entries
-            .iter()
-            .chain(inner.inflight.iter().map(|(_, entry)| entry))
-            .map(|entry| u64::from(entry.batch.count))
-            .sum();
-        inner.entries = VecDeque::new();
-        inner.inflight = VecDeque::new();
+        let entries = std::mem::take(&mut inner.entries);
+        let inflight = std::mem::take(&mut inner.inflight);
+        let bytes = std::mem::take(&mut inner.bytes);
         inner.inflight_bytes = 0;
-        inner.bytes = 0;
+        inner.backlogs.clear();
         drop(inner);
+        self.owner.usage.give_bytes(bytes);
+        for entry in inflight.iter().map(|(_, entry)| entry).chain(&entries) {
+            self.lose(Reason::SessionEnded, &entry.batch);
+        }
         self.wake.notify_one();
-        lost
+    }
+
+    /// Takes the oldest entry out of a queue whose receiver is offline, to give it to another member
+    /// of its share group. It stays in the store until [`Self::forget`].
+    pub(crate) fn withdraw(&self) -> Option<Entry> {
+        let mut inner = self.inner.lock();
+        if inner.online {
+            return None;
+        }
+        let entry = inner.entries.pop_front()?;
+        inner.bytes -= entry.batch.cost();
+        self.owner.usage.give_bytes(entry.batch.cost());
+        Some(entry)
+    }
+
+    /// Puts back what was withdrawn.
+    pub(crate) fn put_back(&self, entry: Entry) {
+        let mut inner = self.inner.lock();
+        inner.bytes += entry.batch.cost();
+        self.owner.usage.charge(entry.batch.cost());
+        inner.entries.push_front(entry);
+        self.schedule(inner);
+    }
+
+    /// Takes out of the store what was withdrawn and is in another queue now.
+    pub(crate) fn forget(&self, entry: &Entry) {
+        self.unstore(entry);
+    }
+
+    /// Adds a batch of another member; `false` when there is no room.
+    pub(crate) fn adopt(&self, batch: &Arc<Batch>, duplicate: bool) -> bool {
+        let inner = self.inner.lock();
+        let cost = batch.cost();
+        let takes = inner.online && !inner.closed && !inner.is_over(cost, self.limit);
+        if !takes || !self.owner.usage.take_bytes(cost) {
+            return false;
+        }
+        self.add(inner, batch, duplicate);
+        true
     }
 
     /// Whether the session has ended.
@@ -481,13 +709,18 @@ impl DeliveryQueue {
         self.inner.lock().bytes
     }
 
-    /// Whether a receiver is connected and the queue has room.
-    pub fn has_room(&self) -> bool {
+    /// What a queue can do for a share group now.
+    pub fn vacancy(&self) -> Vacancy {
         let inner = self.inner.lock();
-        inner.online && !inner.closed && inner.bytes < self.limit
+        let room = !inner.closed && inner.bytes + inner.reserved < self.limit;
+        match (room, inner.online) {
+            (true, true) => Vacancy::Takes,
+            (true, false) if inner.durable => Vacancy::Keeps,
+            _ => Vacancy::None,
+        }
     }
 
-    fn schedule(&self, mut inner: parking_lot::MutexGuard<'_, Inner>) {
+    fn schedule(&self, mut inner: MutexGuard<'_, Inner>) {
         if inner.scheduled || !inner.online {
             return;
         }
@@ -497,9 +730,20 @@ impl DeliveryQueue {
         if writer {
             self.wake.notify_one();
         } else if let Some(this) = self.this.upgrade() {
-            self.outbox.activate(this);
+            self.owner.outbox.activate(this);
         }
     }
+}
+
+/// What a queue can do for a share group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vacancy {
+    /// Its receiver is connected, and there is room.
+    Takes,
+    /// Its receiver is offline; QoS 1 can wait here until some member takes it.
+    Keeps,
+    /// It is full, or keeps nothing.
+    None,
 }
 
 /// What [`DeliveryQueue::take`] found.
@@ -507,19 +751,10 @@ impl DeliveryQueue {
 pub struct Taken {
     /// Entries to send, in order.
     pub entries: Vec<Entry>,
-    /// Messages left out because they had expired.
-    pub expired: u32,
-    /// Messages left out because the receiver does not accept their size.
-    pub too_large: u32,
+    /// The receiver is owed more, for which [`crate::pacer::Pacer::turn`] gives leave.
+    pub owes: bool,
     /// Another connection holds the session: its lanes are the ones to write.
     pub stale: bool,
-}
-
-impl Taken {
-    /// Messages that were in the queue and will not be sent.
-    pub fn left_out(&self) -> u32 {
-        self.expired + self.too_large
-    }
 }
 
 fn requeue(inner: &mut Inner) {

@@ -13,7 +13,7 @@ use selvedge_proto::topic::{SubscribeTarget, TopicName};
 use crate::batch::{Batch, Flow};
 use crate::fabric::Fabric;
 use crate::queue::Overflow;
-use crate::session::{Session, SessionKey};
+use crate::session::{Session, SessionKey, SessionOptions};
 use crate::store::{Change, Loaded, Store, StoredMessages, StoredSession, StoredSubscription};
 use crate::tenant::{RetainDelivery, SubscribeRequest, Tenant};
 
@@ -111,6 +111,18 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
         }
     }
 
+    let (now, clock) = (crate::clock::now(), SystemTime::now());
+    for stored in loaded.message_ids {
+        match stored.publisher.parse::<Identity>() {
+            Ok(publisher) => {
+                let left = stored.until.duration_since(clock).unwrap_or_default();
+                let tenant = fabric.tenant(&publisher);
+                tenant.dedup.restore(&publisher, &stored.id, left, now);
+            }
+            Err(error) => left_out.push(format!("a message id: {error}")),
+        }
+    }
+
     let (kept, batches, retained) = counts;
     tracing::info!(
         sessions = kept,
@@ -146,13 +158,15 @@ fn restore_session(
         identity,
         name: stored.name.as_str().into(),
     };
-    let session = Session::restore(
-        stored,
+    let options = SessionOptions {
+        id: stored.id,
+        queue_limit: fabric.limits.queue_bytes,
+        losses: tenant.losses.clone(),
+        usage: tenant.usages.of(&key.identity),
+        store: Some(store.clone()),
         key,
-        fabric.limits.queue_bytes,
-        store.clone(),
-        detached_at,
-    );
+    };
+    let session = Session::restore(stored, options, detached_at);
     tenant.restore_session(&session);
     Ok((tenant, session))
 }
@@ -169,6 +183,8 @@ fn request_of(stored: &StoredSubscription) -> Result<SubscribeRequest, String> {
         own_lane: stored.own_lane,
         overflow: Overflow::from_word(&stored.overflow),
         retain: RetainDelivery::Never,
+        replay: None,
+        datagrams: stored.datagrams,
     })
 }
 

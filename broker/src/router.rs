@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use selvedge_proto::message::Qos;
+use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::topic::{FilterLevel, ShareGroup, TopicName};
 
+use crate::queue::{DeliveryQueue, Entry, Overflow, Vacancy};
 use crate::session::Subscriber;
 
 #[cfg(test)]
@@ -41,6 +42,19 @@ struct Subscribers {
 pub struct Group {
     members: Mutex<Vec<Arc<Subscriber>>>,
     next: AtomicUsize,
+    /// Messages may wait in the queues of offline members until another member has room.
+    waiting: AtomicBool,
+}
+
+/// Who gets a message of a share group.
+#[derive(Debug)]
+pub enum Choice {
+    /// A member with a connection and room.
+    Member(Arc<Subscriber>),
+    /// Nobody now: it waits in the kept queue of this offline member, until some member has room.
+    Waits(Arc<Subscriber>),
+    /// Nobody, and nobody keeps it.
+    Nobody,
 }
 
 /// Where the messages of one topic from one session go.
@@ -52,6 +66,8 @@ pub struct Route {
     pub targets: Vec<Target>,
     /// One member of each gets a message.
     pub groups: Vec<Arc<Group>>,
+    /// Some receiver refuses publishers when its queue is full, so they have to ask first.
+    pub may_refuse: bool,
 }
 
 /// One receiver of a topic.
@@ -103,6 +119,7 @@ impl Router {
             generation: self.generation(),
             ..Route::default()
         };
+        let refuses = |subscriber: &Arc<Subscriber>| subscriber.overflow == Overflow::Refuse;
         let levels: Vec<&str> = topic.levels().collect();
         let mut found = Vec::new();
         root.find(&levels, !topic.is_system(), &mut |subscribers| {
@@ -125,41 +142,127 @@ impl Router {
                 if !subscriber.own_lane {
                     shared.insert(subscriber.session_id, route.targets.len());
                 }
+                route.may_refuse |= refuses(subscriber);
                 route.targets.push(Target {
                     subscriber: Arc::clone(subscriber),
                     max_qos: subscriber.max_qos,
                 });
             }
-            route.groups.extend(
-                subscribers
-                    .groups
-                    .iter()
-                    .map(|(_, group)| Arc::clone(group)),
-            );
+            for (_, group) in &subscribers.groups {
+                route.may_refuse |= group.members.lock().iter().any(refuses);
+                route.groups.push(Arc::clone(group));
+            }
         }
         route
     }
 }
 
 impl Group {
-    /// The member that gets the next message of `topic`: in turn, and of those with a connection
-    /// and room first. `None` when policy keeps the topic from all of them.
-    pub fn choose(&self, topic: &TopicName, publisher: u64) -> Option<Arc<Subscriber>> {
+    /// Who gets the next message of `topic`: the members with a connection and room in turn. A
+    /// message is never assigned to an offline or a full member; QoS 1 may wait in the kept queue of
+    /// an offline one, where [`Self::hand_on`] finds it.
+    pub fn choose(&self, topic: &TopicName, publisher: u64, class: Class, qos: Qos) -> Choice {
         let members = self.members.lock();
-        let start = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut fallback = None;
-        for offset in 0..members.len() {
-            let member = &members[(start.wrapping_add(offset)) % members.len()];
+        let mut keeper = None;
+        for member in in_turn(&members, &self.next) {
             if !is_receiver(member, topic, publisher) {
                 continue;
             }
-            if member.queues.iter().all(|queue| queue.has_room()) {
-                return Some(Arc::clone(member));
+            match member.queues[class.index()].vacancy() {
+                Vacancy::Takes => return Choice::Member(Arc::clone(member)),
+                Vacancy::Keeps if qos.min(member.max_qos) != Qos::AtMostOnce => {
+                    keeper.get_or_insert_with(|| Arc::clone(member));
+                }
+                Vacancy::Keeps | Vacancy::None => {}
             }
-            fallback.get_or_insert_with(|| Arc::clone(member));
         }
-        fallback
+        match keeper {
+            None => Choice::Nobody,
+            Some(keeper) => {
+                self.waiting.store(true, Ordering::Release);
+                Choice::Waits(keeper)
+            }
+        }
     }
+
+    /// Whether a member refuses publishers when it is full.
+    pub fn refuses(&self) -> bool {
+        let members = self.members.lock();
+        members
+            .iter()
+            .any(|member| member.overflow == Overflow::Refuse)
+    }
+
+    /// A member has lost its connection: what it has not acknowledged waits for another.
+    pub fn reclaim(&self) {
+        self.waiting.store(true, Ordering::Release);
+        self.hand_on();
+    }
+
+    /// A member has ended: what it has not acknowledged goes to another.
+    pub fn take_over(&self, member: &Subscriber) {
+        for queue in &member.queues {
+            queue.offline();
+        }
+        let members = self.members.lock();
+        for queue in &member.queues {
+            while let Some(entry) = queue.withdraw() {
+                if !self.assign(&members, queue, &entry) {
+                    queue.put_back(entry);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Gives an entry of one member's queue to another member with a connection and room.
+    fn assign(&self, members: &[Arc<Subscriber>], from: &DeliveryQueue, entry: &Entry) -> bool {
+        let flow = &entry.batch.flow;
+        let class = from.class.index();
+        let adopted = in_turn(members, &self.next).any(|member| {
+            let batch = Arc::clone(&entry.batch).at_most(member.max_qos);
+            !std::ptr::eq(Arc::as_ptr(&member.queues[class]), from)
+                && is_receiver(member, &flow.topic, flow.session)
+                && member.queues[class].adopt(&batch, entry.duplicate)
+        });
+        if adopted {
+            from.forget(entry);
+        }
+        adopted
+    }
+
+    /// Gives what waits in the queues of offline members to members with a connection and room.
+    pub fn hand_on(&self) {
+        // Cleared before the search, so that what comes to wait during it is not overlooked.
+        if !self.waiting.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let members = self.members.lock();
+        let mut left = false;
+        for offline in members.iter() {
+            for queue in &offline.queues {
+                while let Some(entry) = queue.withdraw() {
+                    if !self.assign(&members, queue, &entry) {
+                        queue.put_back(entry);
+                        left = true;
+                        break;
+                    }
+                }
+            }
+        }
+        if left {
+            self.waiting.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// The members, beginning with the one whose turn it is.
+fn in_turn<'a>(
+    members: &'a [Arc<Subscriber>],
+    next: &AtomicUsize,
+) -> impl Iterator<Item = &'a Arc<Subscriber>> {
+    let start = next.fetch_add(1, Ordering::Relaxed) % members.len().max(1);
+    members[start..].iter().chain(&members[..start])
 }
 
 /// Whether a subscription that matches the topic's levels gets what this session publishes there.
@@ -274,6 +377,7 @@ impl Subscribers {
                 &self.groups[self.groups.len() - 1].1
             }
         };
+        let _ = subscriber.group.set(Arc::downgrade(group));
         group.members.lock().push(subscriber);
     }
 

@@ -13,8 +13,8 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::admin;
 use crate::clock;
-use crate::config::Config;
-use crate::fabric::Fabric;
+use crate::config::{Config, DurabilityRules};
+use crate::fabric::{Fabric, FabricOptions};
 use crate::metrics::Metrics;
 use crate::mqtt;
 use crate::quic;
@@ -173,7 +173,10 @@ impl Server {
         };
 
         let metrics = Arc::new(Metrics::default());
-        let sync = config.store.as_ref().is_some_and(|store| store.sync);
+        let durability = config.store.as_ref().map_or_else(
+            || DurabilityRules::all(false),
+            |store| store.durability.clone(),
+        );
         let (store, loaded) = match config.store {
             None => (None, Loaded::default()),
             Some(store) => {
@@ -185,15 +188,16 @@ impl Server {
                 (Some(store), loaded)
             }
         };
-        let fabric = Fabric::new(
-            &config.name,
-            config.credentials.identity().clone(),
-            config.limits,
-            config.policy,
+        let fabric = Fabric::new(FabricOptions {
+            name: config.name,
+            identity: config.credentials.identity().clone(),
+            limits: config.limits,
+            policy: config.policy,
             metrics,
             store,
-            sync,
-        );
+            durability,
+            history: config.history,
+        });
         // Kept sessions are routable before any client, publisher or subscriber, is let in.
         restore::restore(&fabric, loaded);
         let mut listeners = Vec::new();

@@ -12,7 +12,10 @@ use selvedge_proto::status::Status;
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 use tokio_util::sync::CancellationToken;
 
-use crate::queue::{DeliveryQueue, Outbox, Overflow, QueueOptions, QueueStore};
+use crate::losses::Losses;
+use crate::queue::{DeliveryQueue, Outbox, Overflow, Owner, QueueOptions, QueueStore};
+use crate::quota::Usage;
+use crate::router::Group;
 use crate::store::{Change, Store, StoredSession, StoredSubscription, unix_ms};
 
 /// Which session: identity and name, never the name alone.
@@ -49,8 +52,12 @@ pub struct Subscriber {
     pub overflow: Overflow,
     /// Where its messages go, by class.
     pub queues: [Arc<DeliveryQueue>; 3],
+    /// QoS 0 messages that fit go as datagrams.
+    pub datagrams: bool,
     /// The session, to end its connection when its policy says so.
     pub session: Weak<Session>,
+    /// Its share group, once it is in the router.
+    pub group: OnceLock<Weak<Group>>,
 }
 
 /// A message the broker publishes when a session's connection is lost.
@@ -122,24 +129,57 @@ pub struct Session {
     /// Queues of the shared lanes, by class.
     pub shared: [Arc<DeliveryQueue>; 3],
     queue_limit: usize,
+    owner: Arc<Owner>,
     store: Option<Store>,
     state: Mutex<State>,
 }
 
+/// What a session is made of.
+#[derive(Debug)]
+pub struct SessionOptions {
+    /// Unique within the broker, never reused.
+    pub id: u64,
+    /// Owner and name.
+    pub key: SessionKey,
+    /// Most bytes in each of its queues.
+    pub queue_limit: usize,
+    /// Takes note of what is given up.
+    pub losses: Losses,
+    /// What its identity may use.
+    pub usage: Arc<Usage>,
+    /// Where it is kept, if anywhere.
+    pub store: Option<Store>,
+}
+
 impl Session {
-    /// A new session with empty queues of at most `queue_limit` bytes each.
-    pub fn new(id: u64, key: SessionKey, queue_limit: usize, store: Option<Store>) -> Arc<Self> {
+    /// A new session with empty queues.
+    pub fn new(options: SessionOptions) -> Arc<Self> {
+        let SessionOptions {
+            id,
+            key,
+            queue_limit,
+            losses,
+            usage,
+            store,
+        } = options;
         let outbox = Arc::new(Outbox::default());
+        let owner = Arc::new(Owner {
+            key: key.clone(),
+            outbox: Arc::clone(&outbox),
+            losses,
+            usage,
+            store: store.clone().map(|store| QueueStore { store, session: id }),
+        });
         let shared = Class::ALL.map(|class| {
             DeliveryQueue::new(QueueOptions {
                 class,
                 subscription: 0,
                 limit: queue_limit,
                 overflow: Overflow::Default,
-                outbox: Arc::clone(&outbox),
-                store: queue_store(store.as_ref(), id),
+                owner: Arc::clone(&owner),
                 online: None,
                 durable: false,
+                held: false,
             })
         });
         Arc::new(Self {
@@ -148,6 +188,7 @@ impl Session {
             outbox,
             shared,
             queue_limit,
+            owner,
             store,
             state: Mutex::new(State {
                 subscriptions: HashMap::new(),
@@ -166,12 +207,10 @@ impl Session {
     /// `detached_at` on, or from `now` if it was connected when it was last written.
     pub fn restore(
         stored: &StoredSession,
-        key: SessionKey,
-        queue_limit: usize,
-        store: Store,
+        options: SessionOptions,
         detached_at: Instant,
     ) -> Arc<Self> {
-        let session = Self::new(stored.id, key, queue_limit, Some(store));
+        let session = Self::new(options);
         let mut state = session.state.lock();
         state.expiry = Duration::from_millis(stored.expiry_ms);
         state.detached_at = Some(detached_at);
@@ -203,7 +242,11 @@ impl Session {
             queue.online(epoch);
         }
         self.record(&mut state, None);
+        let groups = groups(&state);
         drop(state);
+        for group in groups {
+            group.hand_on();
+        }
         (epoch, previous)
     }
 
@@ -262,13 +305,16 @@ impl Session {
         let expiry = state.expiry;
         self.record(&mut state, Some(SystemTime::now()));
         let queues = all_queues(&self.shared, &state);
+        let groups = groups(&state);
         drop(state);
-        let dropped = queues.iter().map(|queue| queue.offline()).sum();
-        Detached::Held {
-            expiry,
-            will,
-            dropped,
+        for queue in &queues {
+            queue.offline();
         }
+        // What this member of share groups has not acknowledged, another may take.
+        for group in groups {
+            group.reclaim();
+        }
+        Detached::Held { expiry, will }
     }
 
     /// Whether the session is without a connection for longer than its expiry.
@@ -303,12 +349,14 @@ impl Session {
         }
     }
 
-    /// Queues for a subscription: the shared ones, or new ones of its own.
+    /// Queues for a subscription: the shared ones, or new ones of its own, which may begin with a
+    /// hold for a replay.
     pub fn queues_for(
         &self,
         id: u32,
         own_lane: bool,
         overflow: Overflow,
+        held: bool,
     ) -> [Arc<DeliveryQueue>; 3] {
         if own_lane {
             let state = self.state.lock();
@@ -319,10 +367,10 @@ impl Session {
                     subscription: id,
                     limit: self.queue_limit,
                     overflow,
-                    outbox: Arc::clone(&self.outbox),
-                    store: queue_store(self.store.as_ref(), self.id),
+                    owner: Arc::clone(&self.owner),
                     online,
                     durable: state.durable,
+                    held,
                 })
             })
         } else {
@@ -352,14 +400,25 @@ impl Session {
             store.put(Change::RemoveSubscription(self.id, id));
         }
         drop(state);
-        if let Some(subscriber) = &removed
-            && subscriber.own_lane
-        {
-            for queue in &subscriber.queues {
-                queue.close();
-            }
-        }
         removed
+    }
+
+    /// Drops what a queue's receiver has acknowledged, and lets a share group use the room.
+    pub fn acknowledge(&self, queue: &DeliveryQueue, epoch: u64, last: u64) {
+        if queue.acknowledge(epoch, last) == 0 || queue.subscription == 0 {
+            return;
+        }
+        if let Some(group) = self
+            .subscription(queue.subscription)
+            .and_then(|subscriber| subscriber.group())
+        {
+            group.hand_on();
+        }
+    }
+
+    /// What the session's identity may use.
+    pub fn usage(&self) -> &Arc<Usage> {
+        &self.owner.usage
     }
 
     /// The subscription with this id.
@@ -401,8 +460,8 @@ impl Session {
         Some(Arc::clone(&owner.queues[class.index()]))
     }
 
-    /// Closes every queue; returns how many messages are lost with them.
-    pub fn close(&self) -> u64 {
+    /// Closes every queue; what waits in them is lost.
+    pub fn close(&self) {
         let mut state = self.state.lock();
         if let Some(store) = self.store.as_ref().filter(|_| state.durable) {
             store.put(Change::RemoveSession(self.id));
@@ -410,7 +469,9 @@ impl Session {
         }
         let queues = all_queues(&self.shared, &state);
         drop(state);
-        queues.iter().map(|queue| queue.close()).sum()
+        for queue in queues {
+            queue.close();
+        }
     }
 }
 
@@ -437,19 +498,24 @@ pub enum Detached {
         expiry: Duration,
         /// To be published after its delay.
         will: Option<Will>,
-        /// QoS 0 messages that were waiting and are lost.
-        dropped: u64,
     },
 }
 
-fn queue_store(store: Option<&Store>, session: u64) -> Option<QueueStore> {
-    store.map(|store| QueueStore {
-        store: store.clone(),
-        session,
-    })
-}
-
 impl Subscriber {
+    /// Its share group, once it is in the router.
+    pub fn group(&self) -> Option<Arc<Group>> {
+        self.group.get()?.upgrade()
+    }
+
+    /// Closes the queues that are its own; what waits in them is lost.
+    pub fn close(&self) {
+        if self.own_lane {
+            for queue in &self.queues {
+                queue.close();
+            }
+        }
+    }
+
     /// The same subscription under another policy.
     pub(crate) fn with_residual(&self, residual: Arc<[TopicFilter]>) -> Self {
         Self {
@@ -464,7 +530,9 @@ impl Subscriber {
             own_lane: self.own_lane,
             overflow: self.overflow,
             queues: self.queues.clone(),
+            datagrams: self.datagrams,
             session: Weak::clone(&self.session),
+            group: OnceLock::new(),
         }
     }
 
@@ -480,9 +548,18 @@ impl Subscriber {
             own_lane: self.own_lane,
             overflow: self.overflow.as_str().to_owned(),
             owed: false,
-            datagrams: false,
+            datagrams: self.datagrams,
         }
     }
+}
+
+/// The share groups that the session's subscriptions are members of.
+fn groups(state: &State) -> Vec<Arc<Group>> {
+    let shared = state
+        .subscriptions
+        .values()
+        .filter(|subscriber| subscriber.target.share.is_some());
+    shared.filter_map(|subscriber| subscriber.group()).collect()
 }
 
 fn all_queues(shared: &[Arc<DeliveryQueue>; 3], state: &State) -> Vec<Arc<DeliveryQueue>> {

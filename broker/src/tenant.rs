@@ -1,7 +1,7 @@
 //! One tenant: its sessions, subscriptions, retained messages, services and models.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
@@ -11,19 +11,27 @@ use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicName};
 
+use crate::backlog::{Backlog, Replayed};
 use crate::batch::{Batch, Flow};
 use crate::clock;
 use crate::config::Limits;
+use crate::dedup::Dedup;
+use crate::explain::Explain;
 use crate::fabric::Fabric;
+use crate::history::{History, HistoryRule, Replay};
+use crate::losses::Losses;
 use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::policy::{FilterDecision, IdentityPolicy, Verb};
 use crate::publisher::Publisher;
 use crate::queue::Overflow;
-use crate::retained::Retained;
+use crate::quota::{ConnectionHold, Usages};
+use crate::retained::{Retained, RetainedBacklog};
 use crate::router::Router;
 use crate::services::Services;
-use crate::session::{ConnectionEnd, Detached, Kick, Session, SessionKey, Subscriber, Will};
+use crate::session::{
+    ConnectionEnd, Detached, Kick, Session, SessionKey, SessionOptions, Subscriber, Will,
+};
 use crate::store::{Change, Store};
 
 /// Everything that one tenant has on this broker. No name in it reaches another tenant.
@@ -34,7 +42,17 @@ pub struct Tenant {
     /// Subscriptions.
     pub router: Router,
     /// Retained messages.
-    pub retained: Retained,
+    pub retained: Arc<Retained>,
+    /// Messages of topics that keep history.
+    pub history: History,
+    /// Message ids seen.
+    pub dedup: Dedup,
+    /// What went no further.
+    pub explain: Arc<Explain>,
+    /// Takes note of what goes no further.
+    pub losses: Losses,
+    /// What its identities use.
+    pub usages: Usages,
     /// Who answers calls.
     pub services: Services,
     /// Who runs models.
@@ -70,6 +88,8 @@ pub struct Attachment {
     pub present: bool,
     /// Fires when the connection must end.
     pub kick: Kick,
+    /// Counts the connection.
+    _hold: ConnectionHold,
 }
 
 /// What a subscription asks for.
@@ -93,6 +113,10 @@ pub struct SubscribeRequest {
     pub overflow: Overflow,
     /// When to send retained messages.
     pub retain: RetainDelivery,
+    /// Part of the history to send first; only lanes of its own can have one.
+    pub replay: Option<Replay>,
+    /// See [`Subscriber::datagrams`]; only lanes of its own can have it.
+    pub datagrams: bool,
 }
 
 /// When a subscription is sent the retained messages (MQTT 5.0 section 3.8.3.1, Retain Handling).
@@ -113,11 +137,26 @@ impl Tenant {
         limits: Limits,
         metrics: Arc<Metrics>,
         store: Option<Store>,
+        history: Arc<[HistoryRule]>,
     ) -> Self {
+        let explain = Arc::<Explain>::default();
         Self {
-            name,
             router: Router::default(),
-            retained: Retained::new(limits.retained_messages, limits.retained_bytes),
+            retained: Arc::new(Retained::new(
+                limits.retained_messages,
+                limits.retained_bytes,
+            )),
+            history: History::new(history, Arc::clone(&name), store.clone()),
+            dedup: Dedup::new(
+                Arc::clone(&name),
+                limits.dedup_window,
+                limits.dedup_ids,
+                store.clone(),
+            ),
+            losses: Losses::new(Arc::clone(&metrics), Arc::clone(&explain)),
+            explain,
+            usages: Usages::default(),
+            name,
             services: Services::default(),
             models: Models::default(),
             limits,
@@ -130,7 +169,12 @@ impl Tenant {
 
     /// Connects to a session: the one kept under this identity and name, or a new one. A
     /// connection that holds it is told to go.
-    pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Attachment {
+    ///
+    /// # Errors
+    /// The identity or the tenant has as many connections as it may.
+    pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Result<Attachment, Status> {
+        let usage = self.usages.of(&connect.key.identity);
+        let hold = usage.connect()?;
         let kick = Kick::default();
         let now = clock::now();
         if connect.clean_start {
@@ -142,12 +186,14 @@ impl Tenant {
                 || {
                     present = false;
                     self.metrics.sessions.inc();
-                    Session::new(
-                        fabric.session_id(),
-                        connect.key.clone(),
-                        self.limits.queue_bytes,
-                        self.store.clone(),
-                    )
+                    Session::new(SessionOptions {
+                        id: fabric.session_id(),
+                        key: connect.key.clone(),
+                        queue_limit: self.limits.queue_bytes,
+                        losses: self.losses.clone(),
+                        usage: Arc::clone(&usage),
+                        store: self.store.clone(),
+                    })
                 },
             ));
             if present && session.is_expired(now) {
@@ -172,12 +218,13 @@ impl Tenant {
                 "the session was taken over by another connection of the same identity",
             ));
         }
-        Attachment {
+        Ok(Attachment {
             session,
             epoch,
             present,
             kick,
-        }
+            _hold: hold,
+        })
     }
 
     /// Ends a connection's hold on its session, publishes the will and forgets a session that is
@@ -189,15 +236,10 @@ impl Tenant {
         end: ConnectionEnd,
     ) {
         let session = &attachment.session;
-        let Detached::Held {
-            expiry,
-            will,
-            dropped,
-        } = session.detach(attachment.epoch, end, clock::now())
+        let Detached::Held { expiry, will } = session.detach(attachment.epoch, end, clock::now())
         else {
             return;
         };
-        self.metrics.dropped_offline.inc_by(dropped);
         if expiry.is_zero() {
             self.remove_session(session);
         }
@@ -253,7 +295,9 @@ impl Tenant {
             FilterDecision::Allowed { residual, .. } => residual,
             FilterDecision::Denied(denial) => {
                 self.metrics.deny("subscribe");
-                return Err(denial.into());
+                let status = Status::from(denial);
+                self.refused(&session.key.identity, &status);
+                return Err(status);
             }
         };
         let previous = session.subscription(request.id);
@@ -268,10 +312,15 @@ impl Tenant {
                 ),
             ));
         }
-        let own_lane = request.own_lane || request.target.share.is_some();
-        let reuse = previous
-            .as_ref()
-            .filter(|previous| previous.own_lane == own_lane && previous.target == request.target);
+        if previous.is_none() {
+            session.usage().subscribe()?;
+        }
+        let shared = request.target.share.is_some();
+        let replay = request.replay.filter(|_| !shared);
+        let own_lane = request.own_lane || shared || replay.is_some() || request.datagrams;
+        let reuse = previous.as_ref().filter(|previous| {
+            previous.own_lane == own_lane && previous.target == request.target && replay.is_none()
+        });
         let subscriber = Arc::new(Subscriber {
             id: request.id,
             session_id: session.id,
@@ -284,9 +333,13 @@ impl Tenant {
             overflow: request.overflow,
             queues: match reuse {
                 Some(previous) => previous.queues.clone(),
-                None => session.queues_for(request.id, own_lane, request.overflow),
+                None => {
+                    session.queues_for(request.id, own_lane, request.overflow, replay.is_some())
+                }
             },
+            datagrams: request.datagrams,
             session: Arc::downgrade(session),
+            group: OnceLock::new(),
             target: request.target,
         });
         let is_new = reuse.is_none();
@@ -294,6 +347,7 @@ impl Tenant {
             && let Some(previous) = session.remove(request.id)
         {
             self.router.remove(&previous);
+            previous.close();
             self.metrics.subscriptions.dec();
         }
         match session.insert(Arc::clone(&subscriber)) {
@@ -302,6 +356,12 @@ impl Tenant {
                 self.router.insert(Arc::clone(&subscriber));
                 self.metrics.subscriptions.inc();
             }
+        }
+        if let Some(replay) = replay {
+            self.deliver_history(&subscriber, &replay);
+        }
+        if let Some(group) = subscriber.group() {
+            group.hand_on();
         }
         // MQTT 5.0 section 4.8.2: retained messages are not sent to a shared subscription.
         let send = match request.retain {
@@ -351,12 +411,25 @@ impl Tenant {
 
     /// Takes a subscription off a session; `false` when there is none of this id.
     pub fn unsubscribe(&self, session: &Session, id: u32) -> bool {
-        let Some(subscriber) = session.remove(id) else {
+        let Some(subscriber) = session.subscription(id) else {
             return false;
         };
+        // Out of the router first, so that nothing comes any more; then what a member of a share
+        // group has not acknowledged goes to the others, while it is still in the store.
         self.router.remove(&subscriber);
+        if let Some(group) = subscriber.group() {
+            group.take_over(&subscriber);
+        }
+        session.remove(id);
+        subscriber.close();
+        session.usage().unsubscribe();
         self.metrics.subscriptions.dec();
         true
+    }
+
+    /// Remembers a refusal for `selvedge explain`.
+    pub(crate) fn refused(&self, client: &Identity, status: &Status) {
+        self.explain.refused(client, None, None, status);
     }
 
     /// Takes in a session that was kept, with its subscriptions in place.
@@ -408,6 +481,11 @@ impl Tenant {
     pub(crate) fn sweep(&self, now: Instant) {
         self.services.forget_lost(now, self.limits.resume_grace);
         self.models.forget_lost(now, self.limits.resume_grace);
+        self.dedup.sweep(now);
+        for topic in self.retained.sweep(now) {
+            self.metrics.retained.dec();
+            self.store_retained(&topic, None);
+        }
         for session in self.sessions() {
             if session.is_expired(now) {
                 self.remove_session(&session);
@@ -423,27 +501,53 @@ impl Tenant {
         Arc::new(Flow::new(id, topic, publisher.clone(), session))
     }
 
+    /// Owes a subscription what is retained now.
     fn deliver_retained(&self, subscriber: &Subscriber) {
-        self.retained
-            .for_each(&subscriber.target.filter, |message| {
-                if subscriber
+        let filter = &subscriber.target.filter;
+        // One topic is not worth a walk.
+        if let Some(topic) = filter.as_topic() {
+            if let Some(message) = self.retained.get(&topic)
+                && !subscriber
                     .residual
                     .iter()
-                    .any(|filter| filter.matches(&message.flow.topic))
-                {
-                    return;
-                }
-                let qos = message.qos.min(subscriber.max_qos);
-                let batch = if qos == message.qos {
-                    Arc::clone(message)
-                } else {
-                    Arc::new(message.with_flags(qos, message.retain))
-                };
-                let pushed = subscriber.queues[batch.class.index()].push(&batch);
-                if pushed == crate::queue::Pushed::Full {
-                    self.metrics.dropped_overflow.inc();
-                }
-            });
+                    .any(|filter| filter.matches(&topic))
+            {
+                let message = message.at_most(subscriber.max_qos);
+                subscriber.queues[message.class.index()].push(&message);
+            }
+            return;
+        }
+        for (class, queue) in Class::ALL.into_iter().zip(&subscriber.queues) {
+            let backlog = RetainedBacklog::new(
+                &self.retained,
+                filter,
+                &subscriber.residual,
+                class,
+                subscriber.max_qos,
+            );
+            if let Some(backlog) = backlog {
+                queue.owe(Some(Box::new(backlog)));
+            }
+        }
+    }
+
+    /// Owes a subscription a part of the history, and ends the hold of its queues.
+    fn deliver_history(&self, subscriber: &Subscriber, replay: &Replay) {
+        let batches = self
+            .history
+            .replay(&subscriber.target.filter, &subscriber.residual, replay);
+        for (class, queue) in Class::ALL.into_iter().zip(&subscriber.queues) {
+            let mut of_class = batches
+                .iter()
+                .filter(|batch| batch.class == class)
+                .cloned()
+                .peekable();
+            let backlog = of_class
+                .peek()
+                .is_some()
+                .then(|| Box::new(Replayed::new(of_class, subscriber.max_qos)) as Box<dyn Backlog>);
+            queue.owe(backlog);
+        }
     }
 
     fn end_session(&self, key: &SessionKey, why: &str) {
@@ -463,8 +567,12 @@ impl Tenant {
         self.metrics.sessions.dec();
         for subscriber in session.subscriptions() {
             self.router.remove(&subscriber);
+            if let Some(group) = subscriber.group() {
+                group.take_over(&subscriber);
+            }
+            session.usage().unsubscribe();
             self.metrics.subscriptions.dec();
         }
-        self.metrics.dropped_session_ended.inc_by(session.close());
+        session.close();
     }
 }

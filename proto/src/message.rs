@@ -1,6 +1,6 @@
 //! What a message carries besides topic and payload, as the rest of the program sees it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -146,6 +146,8 @@ pub struct Properties {
     pub payload_is_utf8: bool,
     /// Brokers and bridges passed, nearest last.
     pub hops: Vec<String>,
+    /// When the broker took the message, for one that is replayed from the history.
+    pub published: Option<SystemTime>,
 }
 
 impl Properties {
@@ -195,6 +197,10 @@ impl From<Properties> for wire::MessageHeader {
             payload_is_utf8: properties.payload_is_utf8,
             hops: properties.hops,
             subscription_ids: Vec::new(),
+            published_ms: properties.published.map(|time| {
+                let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+            }),
         }
     }
 }
@@ -211,6 +217,9 @@ impl From<wire::MessageHeader> for Properties {
             traceparent: header.traceparent,
             payload_is_utf8: header.payload_is_utf8,
             hops: header.hops,
+            published: header
+                .published_ms
+                .and_then(|ms| SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms))),
         }
     }
 }
@@ -244,6 +253,7 @@ mod tests {
             content_type: "text/plain".into(),
             user: vec![("a".into(), "b".into()), ("a".into(), "c".into())],
             hops: vec!["x".into()],
+            published: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(5)),
             ..Properties::default()
         };
         let encoded = properties.encode().expect("something is set");

@@ -66,7 +66,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    fn answer(reason: Reason, label: &'static str, text: impl Into<String>) -> Self {
+    pub(crate) fn answer(reason: Reason, label: &'static str, text: impl Into<String>) -> Self {
         Self::Answer {
             reason,
             text: text.into(),

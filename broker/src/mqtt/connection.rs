@@ -80,8 +80,18 @@ pub(crate) async fn run<S>(
         }
     };
     let tenant = fabric.tenant(&greeting.identity);
+    let attachment = match tenant.attach(fabric, &greeting.attach) {
+        Ok(attachment) => attachment,
+        Err(status) => {
+            tenant.refused(&greeting.identity, &status);
+            let refusal = Refusal::answer(Reason::of_refusal(&status), "quota", status.message);
+            let version = reader.version();
+            refuse(fabric, listener, &mut stream, peer, version, refusal).await;
+            return;
+        }
+    };
     let attached = Attached {
-        attachment: tenant.attach(fabric, &greeting.attach),
+        attachment,
         tenant: Arc::clone(&tenant),
         fabric: Arc::clone(fabric),
         end: ConnectionEnd::Lost,
@@ -331,7 +341,8 @@ impl Actor {
             return end;
         }
         loop {
-            self.delivery.fill(output, &self.fabric.metrics);
+            self.delivery
+                .fill(output, &self.fabric.metrics, &self.tenant.losses);
             while output.has_remaining() || unflushed {
                 match write_some(write_half, output, &mut unflushed).now_or_never() {
                     Some(Ok(())) => {}
@@ -384,6 +395,9 @@ impl Actor {
                     }
                 }
                 () = tokio::task::yield_now(), if may_fill => {}
+                bytes = self.fabric.pacer.turn(), if self.delivery.owes() => {
+                    self.delivery.grant(bytes);
+                }
                 () = session.outbox.ready() => {}
                 () = &mut silence, if self.patience.is_some() => {
                     let patience = self.patience.unwrap_or_default();
@@ -502,6 +516,8 @@ impl Actor {
                 own_lane: false,
                 overflow: Overflow::Default,
                 retain: wanted.retain,
+                replay: None,
+                datagrams: false,
             };
             match self.tenant.subscribe(&session, &self.policy.now(), request) {
                 Ok(()) => reasons.push(Reason(max_qos as u8)),

@@ -9,6 +9,7 @@ use selvedge_proto::message::Qos;
 
 use crate::batch::{Batch, BatchMessage, Flow};
 use crate::clock;
+use crate::losses::{Losses, Reason};
 use crate::metrics::Metrics;
 use crate::mqtt::inflight::{Numbers, PacketIds};
 use crate::mqtt::output::{Outgoing, Output};
@@ -46,6 +47,10 @@ pub(crate) struct Delivery {
     ready: [VecDeque<usize>; 3],
     /// Lanes that wait for an acknowledgement, by class.
     blocked: [VecDeque<usize>; 3],
+    /// Lanes that have nothing but what they are owed, which is sent as the pacer allows.
+    owing: Vec<usize>,
+    /// Bytes of it that may be sent now.
+    granted: usize,
     /// Lane and number of the message behind each packet id.
     ids: PacketIds<(usize, u64)>,
     /// Lanes with acknowledgements that their queue has not heard of.
@@ -58,6 +63,8 @@ struct Lane {
     queue: Arc<DeliveryQueue>,
     /// It is in `ready` or `blocked`.
     listed: bool,
+    /// Its receiver is owed more than what is in the queue.
+    owes: bool,
     numbers: Numbers,
     /// How far everything has been acknowledged, for the queue to hear.
     upto: u64,
@@ -106,6 +113,8 @@ impl Delivery {
             lanes: HashMap::new(),
             ready: Default::default(),
             blocked: Default::default(),
+            owing: Vec::new(),
+            granted: 0,
             ids: PacketIds::new(receive_maximum.min(MAX_IN_FLIGHT)),
             acknowledged: Vec::new(),
             views: HashMap::new(),
@@ -119,12 +128,13 @@ impl Delivery {
 
     /// Moves messages from the queues to the output: the most urgent class first, lanes of one
     /// class in turn.
-    pub(crate) fn fill(&mut self, output: &mut Output, metrics: &Metrics) {
+    pub(crate) fn fill(&mut self, output: &mut Output, metrics: &Metrics, losses: &Losses) {
         for queue in self.session.outbox.take(self.epoch) {
             let key = Arc::as_ptr(&queue) as usize;
             let lane = self.lanes.entry(key).or_insert_with(|| Lane {
                 queue,
                 listed: false,
+                owes: false,
                 numbers: Numbers::default(),
                 upto: 0,
                 waiting: VecDeque::new(),
@@ -140,7 +150,7 @@ impl Delivery {
         let now = clock::now();
         for class in 0..self.ready.len() {
             while let Some(key) = self.ready[class].pop_front() {
-                match self.drain(key, now, output, metrics) {
+                match self.drain(key, now, output, metrics, losses) {
                     Stop::Drained => {}
                     Stop::Window => self.blocked[class].push_back(key),
                     Stop::Output => {
@@ -148,6 +158,24 @@ impl Delivery {
                         return;
                     }
                 }
+            }
+        }
+    }
+
+    /// Whether there is more to send as soon as the pacer allows it.
+    pub(crate) fn owes(&self) -> bool {
+        !self.owing.is_empty()
+    }
+
+    /// Allows so many bytes of what is owed.
+    pub(crate) fn grant(&mut self, bytes: usize) {
+        self.granted = bytes;
+        for key in self.owing.drain(..) {
+            if let Some(lane) = self.lanes.get_mut(&key)
+                && !lane.listed
+            {
+                lane.listed = true;
+                self.ready[lane.queue.class.index()].push_back(key);
             }
         }
     }
@@ -175,7 +203,7 @@ impl Delivery {
     pub(crate) fn settle(&mut self) {
         for key in self.acknowledged.drain(..) {
             if let Some(lane) = self.lanes.get(&key) {
-                lane.queue.acknowledge(self.epoch, lane.upto);
+                self.session.acknowledge(&lane.queue, self.epoch, lane.upto);
             }
         }
     }
@@ -187,7 +215,14 @@ impl Delivery {
             .retain(|_, lane| lane.listed || !lane.queue.is_closed() || !lane.numbers.is_idle());
     }
 
-    fn drain(&mut self, key: usize, now: Instant, output: &mut Output, metrics: &Metrics) -> Stop {
+    fn drain(
+        &mut self,
+        key: usize,
+        now: Instant,
+        output: &mut Output,
+        metrics: &Metrics,
+        losses: &Losses,
+    ) -> Stop {
         let Some(lane) = self.lanes.get_mut(&key) else {
             return Stop::Drained;
         };
@@ -196,10 +231,18 @@ impl Delivery {
                 if output.remaining() >= HIGH_WATER {
                     return Stop::Output;
                 }
-                let taken = lane.queue.take(self.epoch, TAKE, now);
-                metrics.dropped_expired.inc_by(taken.expired.into());
+                let owed = if lane.owes {
+                    std::mem::take(&mut self.granted)
+                } else {
+                    0
+                };
+                let taken = lane.queue.take(self.epoch, TAKE, owed, now);
+                lane.owes = taken.owes;
                 if taken.entries.is_empty() {
                     lane.listed = false;
+                    if lane.owes && !self.owing.contains(&key) {
+                        self.owing.push(key);
+                    }
                     return Stop::Drained;
                 }
                 lane.waiting
@@ -244,8 +287,9 @@ impl Delivery {
                 let Some(message) = waiting.messages.next() else {
                     break;
                 };
+                let receiver = Some(&self.session.key);
                 let written = if expired {
-                    metrics.dropped_expired.inc();
+                    losses.lose(Reason::Expired, receiver, batch, 1);
                     false
                 } else {
                     let outgoing = Outgoing {
@@ -262,7 +306,7 @@ impl Delivery {
                     };
                     let written = output.publish(self.version, &outgoing, self.limit).is_ok();
                     if !written {
-                        metrics.drop_messages("too_large_for_receiver", 1);
+                        losses.lose(Reason::TooLarge, receiver, batch, 1);
                     }
                     written
                 };

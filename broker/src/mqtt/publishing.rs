@@ -15,7 +15,7 @@ use crate::mqtt::output::{Answer, Output};
 use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Version};
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
-use crate::publisher::{Incoming, Payload, Publisher, Topic};
+use crate::publisher::{Incoming, Outcome, Payload, Publisher, Topic};
 use crate::store::StoreError;
 
 /// Topics kept open. Beyond it all are closed, and those still in use open again: a client that
@@ -42,8 +42,8 @@ pub(crate) struct Publishing {
     aliases: HashMap<u16, TopicName>,
     /// QoS 2 packet ids between PUBLISH and PUBREL: their message has been taken.
     unreleased: HashSet<u16>,
-    /// Something went to the store since the last flush.
-    stored: bool,
+    /// What became of what was taken since the last flush.
+    outcome: Outcome,
     /// Answers to messages taken since the last flush.
     answers: Output,
     /// Answers that wait for the disk, or behind one that does: they go in the order of their
@@ -76,7 +76,7 @@ impl Publishing {
             dirty: Vec::new(),
             aliases: HashMap::new(),
             unreleased: HashSet::new(),
-            stored: false,
+            outcome: Outcome::default(),
             answers: Output::default(),
             waiting: FuturesOrdered::new(),
         }
@@ -114,6 +114,7 @@ impl Publishing {
             &Incoming {
                 qos,
                 retain: publish.retain,
+                durability: Durability::Default,
                 header: header.as_deref(),
                 payload: Payload::Shared(publish.payload),
             },
@@ -126,6 +127,14 @@ impl Publishing {
         {
             // A denial has been counted where it was decided.
             metrics.drop_messages("refused", 1);
+            if self.version == Version::V3 && qos != Qos::AtMostOnce {
+                // 3.1.1 section 3.3.5: either the answer for success, which would have the client
+                // forget a message that it should send again, or the end of the connection.
+                return Err(ProtocolError::new(
+                    Reason::QUOTA_EXCEEDED,
+                    "a message that cannot be taken now",
+                ));
+            }
         }
         self.answer(qos, id, result, manners);
         Ok(())
@@ -145,12 +154,12 @@ impl Publishing {
     /// for the disk.
     pub(crate) fn flush(&mut self, output: &mut Output) {
         self.flush_topics();
-        let stored = std::mem::take(&mut self.stored);
+        let outcome = std::mem::take(&mut self.outcome);
         if !self.answers.has_remaining() {
             return;
         }
         let answers = std::mem::take(&mut self.answers);
-        let reached = self.publisher.reached(Durability::Default, stored);
+        let reached = self.publisher.reached(Durability::Default, outcome);
         match self.publisher.synced().filter(|_| reached.is_none()) {
             Some(synced) => self.waiting.push_back(Box::pin(async move {
                 let closed = || Err(StoreError::Failed("it was closed".into()));
@@ -182,7 +191,9 @@ impl Publishing {
         for position in self.dirty.drain(..) {
             let topic = &mut self.topics[position];
             self.publisher.flush(topic);
-            self.stored |= topic.take_stored();
+            let mut outcome = topic.take_outcome();
+            outcome.stored &= topic.durability(Durability::Default) == Durability::Default;
+            self.outcome.merge(outcome);
         }
     }
 

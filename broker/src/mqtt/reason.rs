@@ -59,7 +59,7 @@ impl Reason {
             Self::SUCCESS => 0,
             Self::UNSUPPORTED_VERSION => 1,
             Self::CLIENT_ID_NOT_VALID => 2,
-            Self::SERVER_BUSY | Self::SERVER_SHUTTING_DOWN => 3,
+            Self::SERVER_BUSY | Self::SERVER_SHUTTING_DOWN | Self::QUOTA_EXCEEDED => 3,
             Self::BAD_USER_NAME_OR_PASSWORD => 4,
             Self::NOT_AUTHORIZED => 5,
             _ => return None,

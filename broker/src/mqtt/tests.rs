@@ -20,8 +20,8 @@ use tokio_util::codec::Framed;
 
 use super::packet::Publish;
 use super::{Mode, listen, password};
-use crate::config::Limits;
-use crate::fabric::Fabric;
+use crate::config::{DurabilityRules, Limits};
+use crate::fabric::{Fabric, FabricOptions};
 use crate::policy::Policy;
 
 const POLICY: &str = r##"
@@ -68,15 +68,16 @@ impl Drop for Broker {
 impl Broker {
     async fn with(mode: Mode, limits: Limits) -> Self {
         let policy = Policy::parse(POLICY).unwrap();
-        let fabric = Fabric::new(
-            "test",
-            identity("broker"),
+        let fabric = Fabric::new(FabricOptions {
+            name: "test".to_owned(),
+            identity: identity("broker"),
             limits,
             policy,
-            Arc::default(),
-            None,
-            true,
-        );
+            metrics: Arc::default(),
+            store: None,
+            durability: DurabilityRules::all(true),
+            history: Vec::new(),
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(listen(Arc::clone(&fabric), listener, mode));

@@ -100,7 +100,16 @@ pub(super) async fn run(
         close(&connection, status.code, &status.message);
         return;
     }
-    let attachment = tenant.attach(fabric, &connect);
+    let attachment = match tenant.attach(fabric, &connect) {
+        Ok(attachment) => attachment,
+        Err(status) => {
+            fabric.metrics.refuse(LISTENER, "quota");
+            tenant.refused(&identity, &status);
+            farewell(send, vec![goodbye(&status)]).await;
+            close(&connection, status.code, &status.message);
+            return;
+        }
+    };
     peer.attached(&attachment.kick);
     let (control, outgoing) = mpsc::channel(CONTROL_QUEUE);
     let writer = tokio::spawn(write_control(send, outgoing));
@@ -407,8 +416,7 @@ impl Actor {
             self.lanes.insert(lane, Arc::clone(&queue));
             let delivery = Delivery::new(
                 queue,
-                Arc::clone(&self.fabric.metrics),
-                self.fabric.limits.inflight_bytes,
+                Arc::clone(&self.fabric),
                 self.attachment.epoch,
                 retain_as_published,
                 lane,

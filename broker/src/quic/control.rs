@@ -12,10 +12,12 @@ use selvedge_proto::wire;
 use wire::control::Frame;
 
 use super::connection::Actor;
+use crate::history::Replay;
 use crate::models::WorkerModel;
 use crate::policy::{Decision, Verb};
 use crate::queue::Overflow;
 use crate::services::Responder;
+use crate::store::from_unix_ms;
 use crate::tenant::{RetainDelivery, SubscribeRequest};
 
 /// What follows from a control frame.
@@ -74,7 +76,8 @@ impl Actor {
             }
             Frame::DeliveryAck(ack) => {
                 if let Some(queue) = self.lanes.get(&ack.lane) {
-                    queue.acknowledge(self.attachment.epoch, ack.last);
+                    let session = &self.attachment.session;
+                    session.acknowledge(queue, self.attachment.epoch, ack.last);
                 }
                 return Ok(Next::Continue);
             }
@@ -143,18 +146,19 @@ impl Actor {
                     wire::Overflow::DropOldest => Overflow::DropOldest,
                     wire::Overflow::DropNewest => Overflow::DropNewest,
                     wire::Overflow::Disconnect => Overflow::Disconnect,
-                    wire::Overflow::Refuse => {
-                        return Err(Status::new(
-                            Code::Unimplemented,
-                            "overflow policy refuse: expected default, drop oldest, drop newest or disconnect",
-                        ));
-                    }
+                    wire::Overflow::Refuse => Overflow::Refuse,
                 },
                 retain: match subscription.retain_handling() {
                     wire::RetainHandling::RetainSend => RetainDelivery::Send,
                     wire::RetainHandling::RetainSendIfNew => RetainDelivery::IfNew,
                     wire::RetainHandling::RetainDoNotSend => RetainDelivery::Never,
                 },
+                replay: subscription.replay.as_ref().map(|replay| Replay {
+                    last: (replay.last > 0).then_some(replay.last),
+                    from: replay.from_ms.map(from_unix_ms),
+                    until: replay.until_ms.map(from_unix_ms),
+                }),
+                datagrams: subscription.datagrams,
             },
         )
     }

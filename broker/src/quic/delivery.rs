@@ -11,7 +11,7 @@ use selvedge_proto::wire;
 
 use crate::batch::Flow;
 use crate::clock;
-use crate::metrics::Metrics;
+use crate::fabric::Fabric;
 use crate::queue::{DeliveryQueue, Entry};
 
 /// Bytes taken from the queue for one write.
@@ -27,9 +27,7 @@ const MAX_BINDINGS: usize = 65_536;
 /// One delivery lane.
 pub(super) struct Delivery {
     queue: Arc<DeliveryQueue>,
-    metrics: Arc<Metrics>,
-    /// QoS 1 bytes that may be unacknowledged.
-    inflight: usize,
+    fabric: Arc<Fabric>,
     /// Number of the connection within its session.
     epoch: u64,
     /// The subscription that owns the lane wants the retain flag as published.
@@ -43,16 +41,14 @@ pub(super) struct Delivery {
 impl Delivery {
     pub(super) fn new(
         queue: Arc<DeliveryQueue>,
-        metrics: Arc<Metrics>,
-        inflight: usize,
+        fabric: Arc<Fabric>,
         epoch: u64,
         retain_as_published: bool,
         lane: u32,
     ) -> Self {
         Self {
             queue,
-            metrics,
-            inflight,
+            fabric,
             epoch,
             retain_as_published,
             lane,
@@ -73,33 +69,38 @@ impl Delivery {
             .write_chunk(frame::encode(Kind::LANE, &header))
             .await?;
         let mut chunks = Vec::new();
+        // Bytes of backlog that may be sent with the next take.
+        let mut granted = 0;
         loop {
-            if !self.queue.has_window(self.inflight) {
+            if !self.queue.has_window(self.fabric.limits.inflight_bytes) {
                 self.queue.woken().await;
                 continue;
             }
-            let taken = self.queue.take(self.epoch, BUDGET, clock::now());
+            let owed = std::mem::take(&mut granted);
+            let taken = self.queue.take(self.epoch, BUDGET, owed, clock::now());
             if taken.stale {
                 return Ok(());
             }
-            if taken.expired > 0 {
-                self.metrics.dropped_expired.inc_by(taken.expired.into());
-            }
-            self.metrics
-                .drop_messages("too_large_for_receiver", taken.too_large.into());
-            if taken.entries.is_empty() {
-                if self.queue.is_closed() {
-                    let _ = stream.finish();
-                    return Ok(());
-                }
-                if taken.left_out() == 0 {
-                    self.queue.woken().await;
-                }
+            if !taken.entries.is_empty() {
+                self.encode(&taken.entries, &mut chunks);
+                stream.write_all_chunks(&mut chunks).await?;
+                chunks.clear();
                 continue;
             }
-            self.encode(&taken.entries, &mut chunks);
-            stream.write_all_chunks(&mut chunks).await?;
-            chunks.clear();
+            if self.queue.is_closed() {
+                let _ = stream.finish();
+                return Ok(());
+            }
+            if taken.owes {
+                // What is published meanwhile goes first.
+                tokio::select! {
+                    biased;
+                    () = self.queue.woken() => {}
+                    bytes = self.fabric.pacer.turn() => granted = bytes,
+                }
+            } else {
+                self.queue.woken().await;
+            }
         }
     }
 
@@ -134,8 +135,8 @@ impl Delivery {
         if !small.is_empty() {
             chunks.push(small.freeze());
         }
-        self.metrics.messages_out.inc_by(messages);
-        self.metrics.bytes_out.inc_by(bytes);
+        self.fabric.metrics.messages_out.inc_by(messages);
+        self.fabric.metrics.bytes_out.inc_by(bytes);
     }
 
     /// Announces a flow unless the lane knows it.

@@ -13,7 +13,7 @@ use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 use tokio::sync::mpsc;
 
-use crate::publisher::{Incoming, LARGE, Payload, Publisher, Topic};
+use crate::publisher::{Incoming, LARGE, Outcome, Payload, Publisher, Topic};
 use crate::store::StoreError;
 
 /// Chunks taken from the stream at once; a chunk is about a packet.
@@ -49,8 +49,8 @@ const WAITING: usize = 64;
 struct Answers {
     /// Ranges taken, with the durability demanded.
     taken: Vec<(u64, u64, Durability)>,
-    /// Something went to the store.
-    stored: bool,
+    /// What became of them.
+    outcome: Outcome,
     refused: Vec<wire::PublishRefused>,
     marks: Vec<u64>,
 }
@@ -184,6 +184,7 @@ impl Ingest {
         let incoming = Incoming {
             qos,
             retain: message.flags.retain(),
+            durability: message.flags.durability(),
             header: message.header,
             payload,
         };
@@ -208,7 +209,7 @@ impl Ingest {
         match outcome {
             Ok(()) => {
                 mark_dirty(&mut self.dirty, message.alias);
-                let durability = message.flags.durability();
+                let durability = topic.durability(message.flags.durability());
                 self.answers.acknowledge(self.number, durability);
             }
             Err(status) => self.answers.refused.push(wire::PublishRefused {
@@ -269,7 +270,7 @@ impl Ingest {
         for alias in self.dirty.drain(..) {
             if let Some(Some(topic)) = self.topics.get_mut(alias as usize) {
                 self.publisher.flush(topic);
-                self.answers.stored |= topic.take_stored();
+                self.answers.outcome.merge(topic.take_outcome());
             }
         }
     }
@@ -334,7 +335,7 @@ impl Ingest {
         let lane = self.lane.map_or(0, |(lane, _)| lane);
         let mut ranges = Vec::new();
         for (first, last, demanded) in answers.taken {
-            match self.publisher.reached(demanded, answers.stored) {
+            match self.publisher.reached(demanded, answers.outcome) {
                 Some(durability) => self.acknowledge(lane, first, last, durability).await?,
                 None => ranges.push((first, last)),
             }

@@ -1,20 +1,30 @@
 use std::collections::BTreeSet;
 use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use selvedge_certs::Identity;
 use selvedge_proto::topic::SubscribeTarget;
 
 use super::*;
+use crate::batch::{Batch, Flow};
+use crate::losses::Losses;
 use crate::queue::Overflow;
-use crate::session::{Session, SessionKey};
+use crate::session::{Kick, Session, SessionKey, SessionOptions};
 
 fn session(id: u64) -> Arc<Session> {
     let identity =
         Identity::new("example.org", "acme", "plant-1", &format!("device-{id}")).unwrap();
     let name = "s".into();
-    Session::new(id, SessionKey { identity, name }, 1 << 20, None)
+    Session::new(SessionOptions {
+        id,
+        key: SessionKey { identity, name },
+        queue_limit: 1 << 20,
+        losses: Losses::new(Arc::default(), Arc::default()),
+        usage: Arc::default(),
+        store: None,
+    })
 }
 
 fn subscriber(session: &Session, id: u32, target: &str, max_qos: Qos) -> Arc<Subscriber> {
@@ -30,8 +40,10 @@ fn subscriber(session: &Session, id: u32, target: &str, max_qos: Qos) -> Arc<Sub
         residual: Arc::default(),
         own_lane,
         overflow: Overflow::Default,
-        queues: session.queues_for(id, own_lane, Overflow::Default),
+        queues: session.queues_for(id, own_lane, Overflow::Default, false),
+        datagrams: false,
         session: Weak::new(),
+        group: std::sync::OnceLock::new(),
         target,
     })
 }
@@ -97,16 +109,100 @@ proptest! {
     }
 }
 
+fn chosen(group: &Group, topic: &TopicName, qos: Qos) -> u64 {
+    match group.choose(topic, u64::MAX, Class::Normal, qos) {
+        Choice::Member(member) => member.session_id,
+        other => panic!("expected a member, found {other:?}"),
+    }
+}
+
+fn message(qos: Qos) -> Arc<Batch> {
+    let publisher = Identity::new("example.org", "acme", "plant-1", "publisher").unwrap();
+    let flow = Flow::new(1, TopicName::parse("a").unwrap(), publisher, 99);
+    let mut frames = bytes::BytesMut::new();
+    selvedge_proto::lane::put_message(
+        &mut frames,
+        selvedge_proto::lane::Flags::new(qos),
+        1,
+        None,
+        b"x",
+    );
+    Arc::new(Batch {
+        flow: Arc::new(flow),
+        class: Class::Normal,
+        qos,
+        retain: false,
+        retain_as_published: false,
+        count: 1,
+        frames: frames.freeze(),
+        payload: bytes::Bytes::new(),
+        expires: None,
+    })
+}
+
+#[test]
+fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
+    let router = Router::default();
+    let sessions: Vec<_> = (0..2).map(session).collect();
+    let members: Vec<_> = (0..2)
+        .map(|id| subscriber(&sessions[id], 1, "$share/g/a", Qos::AtLeastOnce))
+        .collect();
+    for member in &members {
+        router.insert(Arc::clone(member));
+    }
+    let topic = TopicName::parse("a").unwrap();
+    let group = Arc::clone(&router.route(&topic, 99).groups[0]);
+    let queue = |member: usize| &members[member].queues[Class::Normal.index()];
+    let take = |member: usize, epoch| queue(member).take(epoch, usize::MAX, 0, Instant::now());
+    let choose = |qos| group.choose(&topic, 99, Class::Normal, qos);
+
+    assert!(
+        matches!(choose(Qos::AtLeastOnce), Choice::Nobody),
+        "nobody keeps anything"
+    );
+    queue(0).set_durable(true);
+    assert!(
+        matches!(choose(Qos::AtMostOnce), Choice::Nobody),
+        "QoS 0 does not wait"
+    );
+    let Choice::Waits(keeper) = choose(Qos::AtLeastOnce) else {
+        panic!("it should wait with the member that is kept");
+    };
+    assert_eq!(keeper.session_id, 0);
+    queue(0).push(&message(Qos::AtLeastOnce));
+
+    // The other one connects: what waits is its.
+    let (epoch, _) = sessions[1].attach(Kick::default(), Duration::ZERO, None);
+    queue(1).online(epoch);
+    group.hand_on();
+    assert_eq!(queue(0).bytes(), 0);
+    assert_eq!(take(1, epoch).entries.len(), 1);
+
+    // It goes without having acknowledged it, and comes back as the only member with a connection.
+    queue(1).set_durable(true);
+    queue(1).offline();
+    group.reclaim();
+    assert!(queue(1).bytes() > 0, "nobody else is there");
+    queue(0).online(7);
+    group.hand_on();
+    let taken = take(0, 7);
+    assert_eq!(taken.entries.len(), 1);
+    assert!(taken.entries[0].duplicate, "it may have been delivered");
+    assert_eq!(chosen(&group, &topic, Qos::AtLeastOnce), 0);
+    assert_eq!(chosen(&group, &topic, Qos::AtMostOnce), 0);
+
+    // A member that ends leaves what it has to the others.
+    queue(1).online(8);
+    group.take_over(&members[0]);
+    assert_eq!(take(1, 8).entries.len(), 1);
+}
+
 #[test]
 fn a_share_group_takes_turns_and_no_local_leaves_out_the_publisher() {
     let router = Router::default();
     let sessions: Vec<_> = (0..2).map(session).collect();
     for (id, session) in sessions.iter().enumerate() {
-        session.attach(
-            crate::session::Kick::default(),
-            std::time::Duration::ZERO,
-            None,
-        );
+        session.attach(Kick::default(), Duration::ZERO, None);
         router.insert(subscriber(
             session,
             id as u32 + 1,
@@ -120,13 +216,10 @@ fn a_share_group_takes_turns_and_no_local_leaves_out_the_publisher() {
     let [group] = &route.groups[..] else {
         panic!("expected one group, found {}", route.groups.len());
     };
-    let chosen: Vec<u64> = (0..4)
-        .map(|_| group.choose(&topic, u64::MAX).unwrap().session_id)
+    let turns: Vec<u64> = (0..4)
+        .map(|_| chosen(group, &topic, Qos::AtMostOnce))
         .collect();
-    assert!(
-        chosen == [0, 1, 0, 1] || chosen == [1, 0, 1, 0],
-        "{chosen:?}"
-    );
+    assert!(turns == [0, 1, 0, 1] || turns == [1, 0, 1, 0], "{turns:?}");
 
     let own = subscriber(&sessions[0], 9, "a/b", Qos::AtMostOnce);
     let own = Arc::new(Subscriber {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use selvedge_broker::config::DurabilityRules;
 use selvedge_broker::{Config, StoreConfig};
 use selvedge_client::{
     Client, Durability, Publish, PublishError, Qos, SubscribeOptions, Subscription,
@@ -19,7 +20,7 @@ async fn broker(folder: &Path) -> TestBroker {
 fn keep(config: &mut Config, folder: &Path) {
     config.store = Some(StoreConfig {
         folder: folder.to_owned(),
-        sync: true,
+        durability: DurabilityRules::all(true),
     });
 }
 

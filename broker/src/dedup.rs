@@ -1,0 +1,168 @@
+//! The deduplication window: message ids that a publisher has used, so that the same message is
+//! taken once.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use selvedge_certs::Identity;
+
+use crate::store::{Change, Store};
+
+/// Longest message id, in bytes.
+pub const MAX_MESSAGE_ID: usize = 128;
+
+/// The window of one tenant: bounded in time and in ids. Beyond the bound the oldest ids are
+/// forgotten first.
+#[derive(Debug)]
+pub struct Dedup {
+    tenant: Arc<str>,
+    span: Duration,
+    capacity: usize,
+    store: Option<Store>,
+    window: Mutex<Window>,
+}
+
+type Key = (Identity, Bytes);
+
+#[derive(Debug, Default)]
+struct Window {
+    seen: HashSet<Key>,
+    order: VecDeque<(Instant, Key)>,
+}
+
+impl Dedup {
+    /// An empty window that remembers an id for `span`, and at most `capacity` of them.
+    pub fn new(tenant: Arc<str>, span: Duration, capacity: usize, store: Option<Store>) -> Self {
+        Self {
+            tenant,
+            span,
+            capacity,
+            store,
+            window: Mutex::default(),
+        }
+    }
+
+    /// Whether the publisher has used this id within the window.
+    pub fn contains(&self, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
+        let mut window = self.window.lock();
+        self.forget_old(&mut window, now);
+        window.seen.contains(&(publisher.clone(), id.clone()))
+    }
+
+    /// Whether this is the first message of the publisher with this id. The id is remembered from
+    /// now on, in the store too when `keep` says that the message is one to be kept.
+    pub fn first(&self, publisher: &Identity, id: &Bytes, keep: bool, now: Instant) -> bool {
+        let mut window = self.window.lock();
+        self.forget_old(&mut window, now);
+        // Not a slice of the message it came with, which would keep that alive.
+        let key = (publisher.clone(), Bytes::copy_from_slice(id));
+        if !window.seen.insert(key.clone()) {
+            return false;
+        }
+        if let Some(store) = self.store.as_ref().filter(|_| keep) {
+            store.put(Change::PutMessageId {
+                tenant: Arc::clone(&self.tenant),
+                publisher: publisher.uri().into(),
+                id: key.1.clone(),
+                until: SystemTime::now() + self.span,
+            });
+        }
+        window.order.push_back((now, key));
+        true
+    }
+
+    /// Puts back an id that the store kept, `left` being the time it is still remembered.
+    pub fn restore(&self, publisher: &Identity, id: &Bytes, left: Duration, now: Instant) {
+        let mut window = self.window.lock();
+        let key = (publisher.clone(), id.clone());
+        let since = now
+            .checked_sub(self.span.saturating_sub(left))
+            .unwrap_or(now);
+        if window.seen.insert(key.clone()) {
+            // They come in the order of their ids, not of their times.
+            let place = window.order.partition_point(|(held, _)| *held <= since);
+            window.order.insert(place, (since, key));
+        }
+    }
+
+    /// Forgets what is too old or too much.
+    pub fn sweep(&self, now: Instant) {
+        self.forget_old(&mut self.window.lock(), now);
+    }
+
+    /// Ids remembered.
+    pub fn len(&self) -> usize {
+        self.window.lock().seen.len()
+    }
+
+    /// Whether no id is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn forget_old(&self, window: &mut Window, now: Instant) {
+        while let Some((since, _)) = window.order.front()
+            && (now.saturating_duration_since(*since) >= self.span
+                || window.order.len() >= self.capacity)
+        {
+            let Some((_, key)) = window.order.pop_front() else {
+                break;
+            };
+            window.seen.remove(&key);
+            if let Some(store) = &self.store {
+                store.put(Change::RemoveMessageId {
+                    tenant: Arc::clone(&self.tenant),
+                    publisher: key.0.uri().into(),
+                    id: key.1,
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn publisher(name: &str) -> Identity {
+        Identity::new("example.org", "acme", "s", name).unwrap()
+    }
+
+    #[test]
+    fn an_id_counts_once_for_each_publisher_and_only_for_a_while() {
+        let span = Duration::from_secs(10);
+        let window = Dedup::new("acme".into(), span, 100, None);
+        let (now, id) = (Instant::now(), Bytes::from_static(b"1"));
+        assert!(window.first(&publisher("a"), &id, true, now));
+        assert!(!window.first(&publisher("a"), &id, true, now + span / 2));
+        assert!(window.first(&publisher("b"), &id, true, now));
+        assert!(window.first(&publisher("a"), &id, true, now + span));
+    }
+
+    #[test]
+    fn the_window_is_bounded() {
+        let window = Dedup::new("acme".into(), Duration::from_secs(10), 3, None);
+        let now = Instant::now();
+        for id in 0..10u8 {
+            assert!(window.first(&publisher("a"), &Bytes::from(vec![id]), true, now));
+        }
+        assert_eq!(window.len(), 3);
+        assert!(!window.first(&publisher("a"), &Bytes::from(vec![9]), true, now));
+        assert!(window.first(&publisher("a"), &Bytes::from(vec![0]), true, now));
+    }
+
+    #[test]
+    fn a_restored_id_is_remembered_for_the_time_it_had_left() {
+        let span = Duration::from_secs(10);
+        let window = Dedup::new("acme".into(), span, 100, None);
+        let (now, id) = (Instant::now() + span, Bytes::from_static(b"1"));
+        window.restore(&publisher("a"), &id, span / 4, now);
+        assert!(!window.first(&publisher("a"), &id, true, now + span / 5));
+        assert!(window.first(&publisher("a"), &id, true, now + span / 3));
+    }
+}
