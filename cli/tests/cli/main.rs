@@ -7,3 +7,4 @@ mod crash;
 mod demo;
 mod dev;
 mod program;
+mod store;
