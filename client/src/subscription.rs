@@ -135,6 +135,8 @@ impl SubscribeOptions {
             overflow: overflow.into(),
             own_lane: self.own_lane,
             retain_as_published: self.retain_as_published,
+            replay: None,
+            datagrams: false,
         }
     }
 }
