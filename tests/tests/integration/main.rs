@@ -16,4 +16,5 @@ mod policy;
 mod pubsub;
 mod reload;
 mod resilience;
+mod revocation;
 mod sim;
