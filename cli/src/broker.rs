@@ -20,7 +20,8 @@ Example:
 
 Prints the addresses in use, such as quic=0.0.0.0:7443, and then `ready`. SIGTERM and SIGINT stop
 it gracefully: clients are told, and what is queued for them is sent. A second signal ends it at
-once. SIGHUP reads policy, certificate and trust again without dropping a connection.")]
+once. SIGHUP reads policy, certificate, trust and revocations again: only who holds a revoked
+certificate is disconnected.")]
 pub(crate) struct Args {
     /// The configuration.
     #[arg(long, value_name = "FILE")]
@@ -131,6 +132,9 @@ fn summary(config: &Config, json: bool) -> std::io::Result<()> {
     ))?;
     for authority in config.trust.subjects() {
         output::line(format_args!("  trusts     {authority}"))?;
+    }
+    if config.trust.revoked() > 0 {
+        output::line(format_args!("  revoked    {}", config.trust.revoked()))?;
     }
     if let Some(address) = config.quic {
         output::line(format_args!("  quic       {address}"))?;

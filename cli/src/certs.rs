@@ -1,4 +1,4 @@
-//! `selvedge certs`: make an authority, issue certificates, explain them.
+//! `selvedge certs`: make an authority, issue certificates, revoke and explain them.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use selvedge_certs::{
-    Authority, AuthorityError, CertificateSummary, IssueRequest, Overwrite, explain,
+    Authority, AuthorityError, CertificateSummary, IssueRequest, LoadError, Overwrite,
+    RevocationList, Serial, explain,
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -25,7 +26,8 @@ Example:
   selvedge certs issue --dir pki --tenant acme --site cloud --name broker \\
     --server --dns localhost --ip 127.0.0.1
   selvedge certs issue --dir pki --tenant acme --site plant-1 --name press-7
-  selvedge certs show pki/acme/plant-1/press-7/cert.pem")]
+  selvedge certs show pki/acme/plant-1/press-7/cert.pem
+  selvedge certs revoke --dir pki acme/plant-1/press-7")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -43,7 +45,10 @@ enum Command {
     Init(Init),
     /// Issue a certificate: DIR/TENANT/SITE/NAME/cert.pem and key.pem.
     Issue(Issue),
-    /// Say what the certificates in a file are, and what they may be used for.
+    /// Revoke certificates: DIR/crl.pem, which brokers are given as `identity.crl`.
+    Revoke(Revoke),
+    /// Say what the certificates in a file are, and what they may be used for; or what a revocation
+    /// list revokes.
     Show(Show),
 }
 
@@ -98,11 +103,38 @@ struct Issue {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  selvedge certs revoke --dir pki acme/plant-1/press-7
+  selvedge certs revoke --dir pki stolen/cert.pem
+  selvedge certs revoke --dir pki --serial 4f1a2b
+  selvedge certs revoke --dir pki
+
+The list is written whole, with what was on it before. The last line makes a first list, or
+renews the one that is there. A broker takes the list over at SIGHUP: who is connected with a
+certificate on it is disconnected. An identity is not revoked by this: issue it a new certificate,
+or deny it in the policy.")]
+struct Revoke {
+    /// TENANT/SITE/NAME, whose certificate is in the folder, or the file of a certificate.
+    #[arg(value_name = "NAME|FILE")]
+    certificates: Vec<String>,
+    /// Serial number of a certificate, as logs name it; may be given again.
+    #[arg(long, value_name = "HEX")]
+    serial: Vec<Serial>,
+    /// Folder of the authority.
+    #[arg(long, value_name = "DIR", default_value = "pki")]
+    dir: PathBuf,
+    /// Days until the list should be renewed. Brokers warn of one that is older.
+    #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u32).range(1..))]
+    days: u32,
+}
+
+#[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  selvedge certs show pki/acme/plant-1/press-7/cert.pem")]
 struct Show {
-    /// PEM file with one certificate or more.
+    /// PEM file with certificates or revocation lists.
     file: PathBuf,
-    /// Write a JSON object for each certificate.
+    /// Write a JSON object for each.
     #[arg(long)]
     json: bool,
 }
@@ -112,6 +144,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Init(args) => init(&args)?,
         Command::Issue(args) => issue(args)?,
+        Command::Revoke(args) => revoke(&args)?,
         Command::Show(args) => show(&args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -137,12 +170,7 @@ fn init(args: &Init) -> anyhow::Result<()> {
 
 fn issue(args: Issue) -> anyhow::Result<()> {
     let dir = args.dir;
-    let authority = Authority::load(&dir).with_context(|| {
-        format!(
-            "load the authority in {}; make one with `selvedge certs init`",
-            dir.display()
-        )
-    })?;
+    let authority = load(&dir)?;
     let mut request = if args.server {
         IssueRequest::server(args.tenant, args.site, args.name)
     } else {
@@ -172,10 +200,93 @@ fn issue(args: Issue) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn revoke(args: &Revoke) -> anyhow::Result<()> {
+    let dir = &args.dir;
+    let authority = load(dir)?;
+    // Everything is looked up before anything is written, so that a misspelt name revokes nothing.
+    let mut wanted: Vec<(Serial, String)> = args
+        .certificates
+        .iter()
+        .map(|name| {
+            let file = certificate_of(dir, name)?;
+            let pem = std::fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+            (authority.serial_of(&pem)).with_context(|| format!("revoke {}", file.display()))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let named = args.serial.iter();
+    wanted.extend(named.map(|serial| (serial.clone(), format!("certificate (serial {serial})"))));
+    let serials: Vec<Serial> = wanted.iter().map(|(serial, _)| serial.clone()).collect();
+    let written = authority
+        .revoke(dir, &serials, DAY * args.days)
+        .with_context(|| format!("write the revocation list in {}", dir.display()))?;
+    for (serial, title) in &wanted {
+        let verb = if written.added.contains(serial) {
+            "revoked"
+        } else {
+            "already revoked:"
+        };
+        output::line(format_args!("{verb} {title}"))?;
+    }
+    let list = &written.list;
+    output::line(format_args!(
+        "list {}: number {}, {} revoked, renew it before {}",
+        written.path.display(),
+        list.number.as_deref().unwrap_or("none"),
+        list.revoked.len(),
+        list.next_update.and_then(timestamp).unwrap_or_default(),
+    ))?;
+    if !written.added.is_empty() {
+        output::note(
+            "note: brokers act on it once they have the file as identity.crl and are sent SIGHUP",
+        );
+    }
+    Ok(())
+}
+
+/// The file of the certificate that was meant.
+fn certificate_of(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let candidates = [PathBuf::from(name), dir.join(name).join("cert.pem")];
+    candidates
+        .into_iter()
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!(
+                "expected TENANT/SITE/NAME with a certificate in {}, or the file of a certificate, \
+                 found {}",
+                dir.display(),
+                output::escaped(name)
+            )
+        })
+}
+
+fn load(dir: &Path) -> anyhow::Result<Authority> {
+    Authority::load(dir).with_context(|| {
+        format!(
+            "load the authority in {}; make one with `selvedge certs init`",
+            dir.display()
+        )
+    })
+}
+
 fn show(args: &Show) -> anyhow::Result<()> {
     let file = args.file.display();
     let pem = std::fs::read(&args.file).with_context(|| format!("read {file}"))?;
-    let summaries = explain(&pem, SystemTime::now()).with_context(|| format!("explain {file}"))?;
+    let now = SystemTime::now();
+    let lists = RevocationList::all_from_pem(&pem).with_context(|| format!("explain {file}"))?;
+    for list in &lists {
+        if args.json {
+            output::line(json_of_list(list, &args.file, now))?;
+        } else {
+            output::line(list)?;
+            if list.is_overdue(now) {
+                output::line("overdue      renew it: selvedge certs revoke --dir DIR")?;
+            }
+        }
+    }
+    let summaries = match explain(&pem, now) {
+        Err(LoadError::NoCertificate { .. }) if !lists.is_empty() => Vec::new(),
+        summaries => summaries.with_context(|| format!("explain {file}"))?,
+    };
     for (index, summary) in summaries.iter().enumerate() {
         if args.json {
             output::line(json(summary, &args.file))?;
@@ -216,6 +327,28 @@ fn json(summary: &CertificateSummary, file: &Path) -> Value {
         "is_authority": summary.is_authority,
         "purposes": summary.purposes,
         "fingerprint": summary.fingerprint,
+    })
+}
+
+fn json_of_list(list: &RevocationList, file: &Path, now: SystemTime) -> Value {
+    let revoked: Vec<Value> = list
+        .revoked
+        .iter()
+        .map(|revoked| {
+            json!({
+                "serial": revoked.serial.to_string(),
+                "since": timestamp(revoked.since),
+            })
+        })
+        .collect();
+    json!({
+        "file": file.display().to_string(),
+        "issuer": list.issuer,
+        "number": list.number,
+        "this_update": timestamp(list.this_update),
+        "next_update": list.next_update.and_then(timestamp),
+        "overdue": list.is_overdue(now),
+        "revoked": revoked,
     })
 }
 

@@ -146,7 +146,7 @@ impl Authority {
         let ders = revocation::lists(&origin, pem.as_bytes())?;
         let [der] = ders.as_slice() else {
             return Err(unusable(format!(
-                "expected one revocation list, found {}",
+                "expected one revocation list, found {}; move it away to begin a new one",
                 ders.len()
             )));
         };

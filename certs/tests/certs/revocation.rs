@@ -194,7 +194,7 @@ fn a_list_that_cannot_be_extended_is_left_as_it_is() {
     assert_eq!(
         extend(&path),
         format!(
-            "{} cannot be used: expected one revocation list, found 0",
+            "{} cannot be used: expected one revocation list, found 0; move it away to begin a new one",
             path.display()
         )
     );

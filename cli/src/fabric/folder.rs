@@ -71,6 +71,8 @@ const BROKER_TOML: &str = r##"# Made by `selvedge dev`, and read at each start: 
 cert = "pki/dev/local/broker/cert.pem"
 key = "pki/dev/local/broker/key.pem"
 trust = "pki/ca.pem"
+# Who is on it is thrown out at SIGHUP: selvedge certs revoke --dir pki dev/local/…
+crl = "pki/crl.pem"
 
 [policy]
 file = "policy.toml"

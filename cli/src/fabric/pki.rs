@@ -1,13 +1,18 @@
-//! The authority of a local fabric, and certificates that are renewed before they end.
+//! The authority of a local fabric, and certificates and a revocation list that are renewed in time.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
-use selvedge_certs::{Authority, Credentials, Identity, IssueRequest, Overwrite, explain};
+use selvedge_certs::{
+    Authority, Credentials, Identity, IssueRequest, Overwrite, RevocationList, explain,
+};
 
 /// What has less time left than this is made anew.
 const RENEW_BEFORE: Duration = Duration::from_secs(7 * 86_400);
+
+/// How long a revocation list is good for.
+const LIST_VALIDITY: Duration = Duration::from_secs(90 * 86_400);
 
 /// An authority in a folder, with the certificates it issued.
 #[derive(Debug)]
@@ -28,14 +33,32 @@ impl Pki {
         } else {
             Authority::load(dir)
         };
-        Ok(Self {
+        let pki = Self {
             dir: dir.to_owned(),
             authority: authority.with_context(|| {
                 let dir = dir.display();
                 format!("open the authority in {dir}; remove that folder to start over")
             })?,
             fresh,
-        })
+        };
+        pki.ensure_list()?;
+        Ok(pki)
+    }
+
+    /// Sees to it that there is a revocation list that will do for a while. One that cannot be read
+    /// is for the broker to complain of.
+    fn ensure_list(&self) -> anyhow::Result<()> {
+        let lasting = SystemTime::now() + RENEW_BEFORE;
+        let due = match std::fs::read(self.dir.join("crl.pem")) {
+            Ok(pem) => RevocationList::all_from_pem(&pem)
+                .is_ok_and(|lists| lists.iter().any(|list| list.is_overdue(lasting))),
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        };
+        if due {
+            (self.authority.revoke(&self.dir, &[], LIST_VALIDITY))
+                .context("write the revocation list")?;
+        }
+        Ok(())
     }
 
     /// Sees to it that an identity has a certificate and key that will do for a while.
@@ -114,6 +137,26 @@ mod tests {
         let ending = certificate(&pki);
         pki.ensure(&request).unwrap();
         assert_ne!(certificate(&pki), ending);
+    }
+
+    #[test]
+    fn there_is_a_revocation_list_from_the_start_and_what_is_on_it_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let lists = || {
+            let pem = std::fs::read(dir.join("crl.pem")).unwrap();
+            RevocationList::all_from_pem(&pem).unwrap()
+        };
+        let pki = Pki::open(dir, "dev.example").unwrap();
+        assert_eq!(lists()[0].number.as_deref(), Some("1"));
+        let serials = ["4f1a2b".parse().unwrap()];
+        let soon = RENEW_BEFORE / 2;
+        pki.authority.revoke(dir, &serials, soon).unwrap();
+        Pki::open(dir, "dev.example").unwrap();
+        assert_eq!(lists()[0].number.as_deref(), Some("3"), "renewed");
+        assert_eq!(lists()[0].revoked.len(), 1);
+        Pki::open(dir, "dev.example").unwrap();
+        assert_eq!(lists()[0].number.as_deref(), Some("3"), "kept");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::program::{Done, run, selvedge, text};
+use crate::program::{Done, Running, run, selvedge, text};
 
 fn certs(dir: &Path, line: &str) -> Done {
     let dir = text(dir);
@@ -130,4 +130,183 @@ fn what_cannot_be_issued_or_shown_is_said() {
     let usage = certs(dir, &format!("{ISSUE} --dns localhost"));
     assert_eq!(usage.code, Some(2), "{usage:?}");
     assert!(usage.stderr.contains("--server"), "{usage:?}");
+}
+
+#[test]
+fn a_revoked_certificate_is_on_the_list_once_and_the_list_is_explained() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let list = dir.join("crl.pem");
+    certs(dir, INIT).ok();
+    certs(dir, ISSUE).ok();
+    let said = certs(dir, "revoke --dir DIR").ok();
+    assert!(
+        said.contains("number 1, 0 revoked, renew it before 20"),
+        "{said}"
+    );
+    #[cfg(unix)]
+    assert_eq!(mode(&list), 0o644);
+
+    let said = certs(dir, "revoke --dir DIR acme/plant-1/press-7").ok();
+    let name = "revoked spiffe://example.org/acme/plant-1/press-7 (serial ";
+    assert!(said.starts_with(name), "{said}");
+    assert!(said.contains("number 2, 1 revoked"), "{said}");
+    let before = fs::read(&list).unwrap();
+    let said = certs(dir, "revoke --dir DIR DIR/acme/plant-1/press-7/cert.pem").ok();
+    assert!(
+        said.starts_with("already revoked: spiffe://example.org/"),
+        "{said}"
+    );
+    assert_eq!(fs::read(&list).unwrap(), before);
+
+    // A certificate whose file is gone.
+    let said = certs(dir, "revoke --dir DIR --serial 4f:1a:2B").ok();
+    assert!(
+        said.starts_with("revoked certificate (serial 4f1a2b)"),
+        "{said}"
+    );
+    let shown = run(selvedge(["certs", "show", &text(&list)])).ok();
+    for line in [
+        "revocation list",
+        "number       3",
+        "revoked      2",
+        "  serial 4f1a2b since 20",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    let shown = run(selvedge(["certs", "show", "--json", &text(&list)])).json();
+    assert_eq!(shown.len(), 1);
+    assert_eq!(shown[0]["number"], "3");
+    assert_eq!(shown[0]["overdue"], false);
+    let revoked = shown[0]["revoked"].as_array().unwrap();
+    assert_eq!(revoked.len(), 2);
+    assert!(revoked.iter().any(|entry| entry["serial"] == "4f1a2b"));
+}
+
+#[test]
+fn what_cannot_be_revoked_is_said_and_revokes_nothing_else() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let dir = folder.path();
+    let said = certs(dir, "revoke --dir DIR").failed();
+    assert!(
+        said.contains("make one with `selvedge certs init`"),
+        "{said}"
+    );
+    for dir in [dir, other.path()] {
+        certs(dir, INIT).ok();
+        certs(dir, ISSUE).ok();
+    }
+    let said = certs(
+        dir,
+        "revoke --dir DIR acme/plant-1/press-7 acme/plant-1/press-8",
+    )
+    .failed();
+    let expected = "or the file of a certificate, found acme/plant-1/press-8";
+    assert!(said.contains(expected), "{said}");
+    let foreign = text(&other.path().join("acme/plant-1/press-7/cert.pem"));
+    let said = certs(
+        dir,
+        &format!("revoke --dir DIR acme/plant-1/press-7 {foreign}"),
+    )
+    .failed();
+    assert!(said.contains("was issued by another authority"), "{said}");
+    assert!(!dir.join("crl.pem").exists());
+
+    fs::write(dir.join("crl.pem"), "nonsense").unwrap();
+    let said = certs(dir, "revoke --dir DIR acme/plant-1/press-7").failed();
+    let expected = "expected one revocation list, found 0; move it away to begin a new one";
+    assert!(said.contains(expected), "{said}");
+    assert_eq!(fs::read(dir.join("crl.pem")).unwrap(), b"nonsense");
+    let usage = certs(dir, "revoke --dir DIR --serial xyz");
+    assert_eq!(usage.code, Some(2), "{usage:?}");
+    assert!(
+        usage
+            .stderr
+            .contains("expected a serial number of 1 to 20 bytes"),
+        "{usage:?}"
+    );
+}
+
+const POLICY: &str = r##"
+[[rule]]
+name = "everyone"
+identities = ["*/*/*"]
+allow = ["publish", "subscribe"]
+subjects = ["#"]
+"##;
+
+#[cfg(unix)]
+#[test]
+fn from_init_to_the_device_that_is_thrown_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, pki) = (folder.path(), folder.path().join("pki"));
+    certs(&pki, INIT).ok();
+    certs(
+        &pki,
+        "issue --dir DIR --tenant acme --site cloud --name broker --server --dns localhost --ip 127.0.0.1",
+    )
+    .ok();
+    certs(&pki, ISSUE).ok();
+    certs(
+        &pki,
+        "issue --dir DIR --tenant acme --site plant-1 --name press-8",
+    )
+    .ok();
+    fs::write(dir.join("policy.toml"), POLICY).unwrap();
+    let config = dir.join("broker.toml");
+    fs::write(
+        &config,
+        "[identity]\ncert = 'pki/acme/cloud/broker/cert.pem'\nkey = 'pki/acme/cloud/broker/key.pem'\n\
+         trust = 'pki/ca.pem'\ncrl = 'pki/crl.pem'\n[policy]\nfile = 'policy.toml'\n\
+         [listen]\nquic = '127.0.0.1:0'\n",
+    )
+    .unwrap();
+    // A list that is configured must be there.
+    let said = run(selvedge(["broker", "--config", &text(&config), "--check"])).failed();
+    assert!(said.contains("identity.crl: cannot read"), "{said}");
+    certs(&pki, "revoke --dir DIR").ok();
+
+    let broker = Running::start(selvedge(["broker", "--config", &text(&config)]));
+    let lines = broker.lines_to("ready");
+    let quic = lines[0].strip_prefix("quic=").unwrap().to_owned();
+    let client = |who: &str, args: &[&str]| {
+        let mut command = selvedge(args);
+        command
+            .env("SELVEDGE_BROKER", &quic)
+            .env("SELVEDGE_PKI", text(&pki))
+            .env("SELVEDGE_AS", format!("acme/plant-1/{who}"));
+        command
+    };
+    let watching = Running::start(client("press-8", &["sub", "a"]));
+    watching.wait_for_note("subscribed to a");
+    let revoked = Running::start(client("press-7", &["sub", "a"]));
+    revoked.wait_for_note("subscribed to a");
+    let publish = ["pub", "a", "x", "--qos", "1"];
+
+    certs(&pki, "revoke --dir DIR acme/plant-1/press-7").ok();
+    let list = pki.join("crl.pem");
+    let good = fs::read(&list).unwrap();
+    broker.signal("HUP");
+    broker.wait_for_note("a connected peer is evicted");
+    broker.wait_for_note("evicted=1");
+    let said = run(client("press-7", &publish)).failed();
+    assert!(
+        said.contains("was revoked by its authority; issue a new one"),
+        "{said}"
+    );
+
+    // A damaged list is refused whole, and the one before stays in force.
+    fs::write(&list, &good[..good.len() / 2]).unwrap();
+    broker.signal("HUP");
+    broker.wait_for_note("the configuration was not reloaded");
+    let said = run(client("press-7", &publish)).failed();
+    assert!(
+        said.contains("was revoked by its authority; issue a new one"),
+        "{said}"
+    );
+
+    run(client("press-8", &publish)).ok();
+    assert_eq!(watching.line(), "a x");
+    watching.stop();
+    broker.stop();
 }
