@@ -111,6 +111,10 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
         }
     }
 
+    // What members of share groups had is for whoever comes back first.
+    for (_, session) in sessions.values() {
+        session.reclaim();
+    }
     let (now, clock) = (crate::clock::now(), SystemTime::now());
     for stored in loaded.message_ids {
         match stored.publisher.parse::<Identity>() {

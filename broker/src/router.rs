@@ -163,24 +163,23 @@ impl Group {
     /// an offline one, where [`Self::hand_on`] finds it.
     pub fn choose(&self, topic: &TopicName, publisher: u64, class: Class, qos: Qos) -> Choice {
         let members = self.members.lock();
-        let mut keeper = None;
+        let vacancy = |member: &Arc<Subscriber>| member.queues[class.index()].vacancy();
         for member in in_turn(&members, &self.next) {
-            if !is_receiver(member, topic, publisher) {
-                continue;
-            }
-            match member.queues[class.index()].vacancy() {
-                Vacancy::Takes => return Choice::Member(Arc::clone(member)),
-                Vacancy::Keeps if qos.min(member.max_qos) != Qos::AtMostOnce => {
-                    keeper.get_or_insert_with(|| Arc::clone(member));
-                }
-                Vacancy::Keeps | Vacancy::None => {}
+            if vacancy(member) == Vacancy::Takes && is_receiver(member, topic, publisher) {
+                return Choice::Member(Arc::clone(member));
             }
         }
+        // Always the same one while it can, so that what waits stays in order.
+        let keeper = members.iter().find(|member| {
+            qos.min(member.max_qos) != Qos::AtMostOnce
+                && vacancy(member) == Vacancy::Keeps
+                && is_receiver(member, topic, publisher)
+        });
         match keeper {
             None => Choice::Nobody,
             Some(keeper) => {
                 self.waiting.store(true, Ordering::Release);
-                Choice::Waits(keeper)
+                Choice::Waits(Arc::clone(keeper))
             }
         }
     }

@@ -416,6 +416,15 @@ impl Session {
         }
     }
 
+    /// Gives what waits in the queues of its share groups to members that can take it, now or when
+    /// they come.
+    pub(crate) fn reclaim(&self) {
+        let groups = groups(&self.state.lock());
+        for group in groups {
+            group.reclaim();
+        }
+    }
+
     /// What the session's identity may use.
     pub fn usage(&self) -> &Arc<Usage> {
         &self.owner.usage

@@ -8,6 +8,7 @@ use selvedge_broker::{Config, StoreConfig};
 use selvedge_client::{
     Client, Durability, Publish, PublishError, Qos, SubscribeOptions, Subscription,
 };
+use selvedge_proto::topic::TopicFilter;
 use selvedge_tests::broker::{OPEN, TestBroker};
 use selvedge_tests::wait::{eventually, within};
 
@@ -187,6 +188,64 @@ async fn durability_that_is_not_there_is_refused() {
         status.to_string(),
         "FAILED_PRECONDITION: this broker has no store: demand memory or nothing"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_may_have_another_durability_than_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = TestBroker::with(OPEN, |config, _| {
+        keep(config, folder.path());
+        let store = config.store.as_mut().unwrap();
+        let telemetry = TopicFilter::parse("telemetry/#").unwrap();
+        store.durability.rules.push((telemetry, false));
+    })
+    .await;
+    let reader = kept(&broker, "reader").await;
+    let _subscription = subscribe(&reader, "#").await;
+    let writer = broker.client("writer").await;
+    let (memory, disk) = (Some(Durability::Memory), Some(Durability::Disk));
+    assert_eq!(publish(&writer, "telemetry/1", "x").await, memory);
+    assert_eq!(publish(&writer, "orders/1", "x").await, disk);
+    let message = Publish::new("telemetry/1", "x")
+        .qos(Qos::AtLeastOnce)
+        .durability(Durability::Disk);
+    let ack = within("an answer", writer.publish_message(message)).await;
+    assert_eq!(ack.unwrap().durability, disk, "the publisher decides");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_share_group_gives_what_an_absent_member_had_to_the_one_that_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut broker = broker(folder.path()).await;
+    let filter = "$share/pickers/orders/#";
+    let first = kept(&broker, "picker-1").await;
+    let second = kept(&broker, "picker-2").await;
+    let subscriptions = (
+        subscribe(&first, filter).await,
+        subscribe(&second, filter).await,
+    );
+    first.close().await;
+    second.close().await;
+    drop(subscriptions);
+    let writer = broker.client("writer").await;
+    let numbers: Vec<String> = (0..20).map(|number| number.to_string()).collect();
+    for number in &numbers[..10] {
+        let ack = publish(&writer, "orders/1", number).await;
+        assert_eq!(
+            ack,
+            Some(Durability::Disk),
+            "nobody is there, but it is kept"
+        );
+    }
+    // Whoever had them when the broker stopped, the one that comes back gets them all.
+    broker.restart().await;
+    let second = kept(&broker, "picker-2").await;
+    let mut subscription = subscribe(&second, filter).await;
+    let writer = broker.client("writer").await;
+    for number in &numbers[10..] {
+        publish(&writer, "orders/1", number).await;
+    }
+    assert_eq!(take(&mut subscription, 20).await, numbers);
 }
 
 #[tokio::test(flavor = "multi_thread")]
