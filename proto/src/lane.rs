@@ -96,6 +96,15 @@ impl Flags {
         Self((self.0 & !Self::DURABILITY) | bits << 5)
     }
 
+    pub(crate) fn from_bits(bits: u8) -> Self {
+        Self(bits)
+    }
+
+    /// The byte, with or without the sign that a header follows.
+    pub(crate) fn bits(self, header: bool) -> u8 {
+        self.with(Self::HEADER, header).0
+    }
+
     fn with(self, bit: u8, on: bool) -> Self {
         Self(if on { self.0 | bit } else { self.0 & !bit })
     }

@@ -3,6 +3,7 @@
 //! docs/protocol.md is the specification; this crate is its reference implementation. Bytes go in
 //! and values come out; nothing here opens a socket, reads a clock or blocks.
 
+pub mod datagram;
 pub mod frame;
 pub mod inference;
 pub mod lane;
