@@ -9,8 +9,8 @@ mod calls;
 mod clock;
 mod inference;
 
-pub mod batch;
 pub mod backlog;
+pub mod batch;
 pub mod config;
 pub mod dedup;
 pub mod explain;

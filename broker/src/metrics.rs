@@ -1,6 +1,7 @@
 //! Counters and gauges of a broker, in the Prometheus text format.
 
 use std::sync::atomic::AtomicI64;
+use std::time::SystemTime;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -68,6 +69,9 @@ pub struct Metrics {
     pub refused: Family<ListenerReason, Counter>,
     /// Connections ended because their certificate was withdrawn, by listener and reason.
     pub evicted: Family<ListenerReason, Counter>,
+    /// When the first of the revocation lists should be renewed, in seconds since 1970; zero without
+    /// any.
+    pub list_renewal: Gauge,
     /// Peers that broke a protocol, by listener and kind.
     pub protocol_errors: Family<ListenerReason, Counter>,
     /// Sessions kept now, connected or not.
@@ -141,6 +145,10 @@ impl Default for Metrics {
                 "evicted_connections",
                 "Connections ended for their certificate, by reason"
             ),
+            list_renewal: register!(
+                "revocation_list_next_update_seconds",
+                "Time by which a revocation list should be renewed"
+            ),
             protocol_errors: register!("protocol_errors", "Peers that broke a protocol"),
             sessions: register!("sessions", "Sessions kept now"),
             subscriptions: register!("subscriptions", "Subscriptions now"),
@@ -206,6 +214,14 @@ impl Metrics {
         self.refused
             .get_or_create(&ListenerReason { listener, reason })
             .inc();
+    }
+
+    /// Shows when the first of the revocation lists should be renewed.
+    pub fn renew_lists_by(&self, time: Option<SystemTime>) {
+        let seconds = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let seconds = seconds.unwrap_or_default().as_secs();
+        self.list_renewal
+            .set(i64::try_from(seconds).unwrap_or(i64::MAX));
     }
 
     /// Counts a connection that was ended for its certificate.

@@ -114,6 +114,7 @@ impl Peers {
     /// their wills are published. To be called after `trust` has come into force. Returns how many.
     pub fn review(&self, trust: &TrustAnchors, review: Review, metrics: &Metrics) -> usize {
         self.0.generation.fetch_add(1, Ordering::SeqCst);
+        metrics.renew_lists_by(trust.next_update());
         let mut evicted = 0;
         for mut entry in self.0.entries.iter_mut() {
             let verdict = match review {
@@ -218,4 +219,142 @@ fn is_revocation(refused: &CertificateRefused) -> bool {
         refused.reason(),
         RefusalReason::Revoked | RefusalReason::ChainRevoked
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use selvedge_certs::{Authority, IssueRequest, IssuedCertificate, Overwrite};
+    use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+
+    use super::*;
+
+    struct Plant {
+        dir: tempfile::TempDir,
+        authority: Authority,
+        trust: TrustAnchors,
+        metrics: Metrics,
+        peers: Peers,
+    }
+
+    impl Plant {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let authority = Authority::init(dir.path(), "example.org", Overwrite::No).unwrap();
+            let trust = TrustAnchors::from_pem(authority.ca_pem().as_bytes()).unwrap();
+            Self {
+                dir,
+                authority,
+                trust,
+                metrics: Metrics::default(),
+                peers: Peers::default(),
+            }
+        }
+
+        fn device(&self) -> IssuedCertificate {
+            let request = IssueRequest::client("acme", "plant-1", "press-7");
+            self.authority.issue(&request).unwrap()
+        }
+
+        fn enter(
+            &self,
+            begun: Generation,
+            device: &IssuedCertificate,
+        ) -> Result<Peer, CertificateRefused> {
+            let chain = CertificateDer::from_pem_slice(device.cert_pem.as_bytes()).unwrap();
+            self.peers.enter(&self.trust, begun, "quic", &[chain])
+        }
+
+        fn revoke(&self, device: &IssuedCertificate) -> usize {
+            let (serial, _) = self
+                .authority
+                .serial_of(device.cert_pem.as_bytes())
+                .unwrap();
+            let month = std::time::Duration::from_secs(30 * 86_400);
+            let list = self.authority.revoke(self.dir.path(), &[serial], month);
+            let path = list.unwrap().path;
+            self.trust
+                .replace(&self.trust.with_revocations_of_file(&path).unwrap());
+            self.peers
+                .review(&self.trust, Review::Revocations, &self.metrics)
+        }
+    }
+
+    #[test]
+    fn a_handshake_that_began_before_a_reload_is_judged_again_after_it() {
+        let plant = Plant::new();
+        let (good, bad) = (plant.device(), plant.device());
+        let begun = plant.peers.generation();
+        assert_eq!(plant.revoke(&bad), 0);
+        let refused = plant.enter(begun, &bad).unwrap_err();
+        assert_eq!(refused.reason(), &RefusalReason::Revoked);
+        assert!(plant.peers.is_empty());
+        let peer = plant.enter(begun, &good).unwrap();
+        assert_eq!(peer.check(), Ok(()));
+        assert_eq!(plant.peers.len(), 1);
+        drop(peer);
+        assert!(plant.peers.is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_is_revoked_between_check_and_session_is_kicked_from_it_at_once() {
+        let plant = Plant::new();
+        let device = plant.device();
+        let peer = plant.enter(plant.peers.generation(), &device).unwrap();
+        assert_eq!(peer.check(), Ok(()));
+        assert_eq!(plant.revoke(&device), 0);
+        let kick = Kick::default();
+        peer.attached(&kick);
+        let status = kick.kicked().await;
+        assert_eq!(status.code, Code::Unauthenticated);
+        assert_eq!(peer.check().unwrap_err().status, status);
+    }
+
+    #[tokio::test]
+    async fn who_has_a_session_is_kicked_once_and_counted_once() {
+        let plant = Plant::new();
+        let (good, bad) = (plant.device(), plant.device());
+        let begun = plant.peers.generation();
+        let peers = [&good, &bad].map(|device| plant.enter(begun, device).unwrap());
+        let kicks = [Kick::default(), Kick::default()];
+        for (peer, kick) in peers.iter().zip(&kicks) {
+            peer.attached(kick);
+        }
+        assert_eq!(plant.revoke(&bad), 1);
+        let status = kicks[1].kicked().await;
+        assert!(
+            status.message.starts_with("certificate revoked: "),
+            "{status}"
+        );
+        let all = (&plant.trust, &plant.metrics);
+        for review in [Review::Revocations, Review::Chains] {
+            assert_eq!(plant.peers.review(all.0, review, all.1), 0);
+        }
+        let text = plant.metrics.encode();
+        let count = "selvedge_evicted_connections_total{listener=\"quic\",reason=\"revoked\"} 1";
+        assert!(text.contains(count), "{text}");
+        assert_eq!(peers[0].check(), Ok(()));
+    }
+
+    #[test]
+    fn a_certificate_that_expired_since_it_was_let_in_is_no_reason_to_evict() {
+        let plant = Plant::new();
+        let now = SystemTime::now();
+        let day = std::time::Duration::from_secs(86_400);
+        let request = IssueRequest::client("acme", "plant-1", "press-7")
+            .not_before(now - 2 * day)
+            .validity(day);
+        let expired = plant.authority.issue(&request).unwrap();
+        let peer = plant.enter(plant.peers.generation(), &expired).unwrap();
+        let mut entry = plant.peers.0.entries.get_mut(&peer.id).unwrap();
+        entry.since = now - day - day / 2;
+        entry.state = State::Attached(Kick::default());
+        drop(entry);
+        let review = |plant: &Plant, trust: &TrustAnchors| {
+            plant.peers.review(trust, Review::Chains, &plant.metrics)
+        };
+        assert_eq!(review(&plant, &plant.trust), 0);
+        assert_eq!(review(&plant, &Plant::new().trust), 1);
+    }
 }

@@ -198,6 +198,7 @@ impl Server {
             durability,
             history: config.history,
         });
+        fabric.metrics.renew_lists_by(config.trust.next_update());
         // Kept sessions are routable before any client, publisher or subscriber, is let in.
         restore::restore(&fabric, loaded);
         let mut listeners = Vec::new();

@@ -228,6 +228,11 @@ impl TrustAnchors {
         self.current().revocations.len()
     }
 
+    /// When the first of the revocation lists should be renewed.
+    pub fn next_update(&self) -> Option<SystemTime> {
+        self.current().revocations.next_update()
+    }
+
     /// Whether every authority that `other` trusts now is trusted here, too.
     pub fn includes(&self, other: &TrustAnchors) -> bool {
         let here = self.current();

@@ -161,9 +161,13 @@ impl fmt::Display for RevocationList {
     }
 }
 
-/// What trusted authorities have withdrawn: serial numbers by the encoded name of the authority.
+/// What trusted authorities have withdrawn: serial numbers by the encoded name of the authority. And
+/// when the first of their lists should be renewed.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Revocations(HashMap<Vec<u8>, HashSet<Serial>>);
+pub(crate) struct Revocations {
+    withdrawn: HashMap<Vec<u8>, HashSet<Serial>>,
+    next_update: Option<SystemTime>,
+}
 
 impl Revocations {
     /// Reads every list of a PEM text; each must be signed by one of the `authorities`.
@@ -198,9 +202,13 @@ impl Revocations {
                     origin.0
                 );
             }
+            revocations.next_update = match (revocations.next_update, summary.next_update) {
+                (Some(one), Some(other)) => Some(one.min(other)),
+                (one, other) => one.or(other),
+            };
             let withdrawn = summary.revoked.into_iter().map(|revoked| revoked.serial);
             revocations
-                .0
+                .withdrawn
                 .entry(list.issuer().as_raw().to_vec())
                 .or_default()
                 .extend(withdrawn);
@@ -210,12 +218,17 @@ impl Revocations {
 
     /// How many certificates are withdrawn.
     pub(crate) fn len(&self) -> usize {
-        self.0.values().map(HashSet::len).sum()
+        self.withdrawn.values().map(HashSet::len).sum()
+    }
+
+    /// When the first of the lists should be renewed.
+    pub(crate) fn next_update(&self) -> Option<SystemTime> {
+        self.next_update
     }
 
     /// Whether nothing is withdrawn.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.values().all(HashSet::is_empty)
+        self.withdrawn.values().all(HashSet::is_empty)
     }
 
     /// Whether the authority that issued a certificate has withdrawn it.
@@ -223,7 +236,7 @@ impl Revocations {
     /// The authority is known by its name alone. Two of one name and with one serial number would
     /// be taken for each other, which can only refuse a certificate too many.
     pub(crate) fn withdraw(&self, certificate: &X509Certificate<'_>) -> bool {
-        self.0
+        self.withdrawn
             .get(certificate.issuer().as_raw())
             .is_some_and(|serials| serials.contains(&Serial::from_raw(certificate.raw_serial())))
     }

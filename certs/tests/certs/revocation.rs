@@ -130,6 +130,8 @@ fn a_list_grows_its_number_rises_and_nothing_is_revoked_twice() {
     let read = RevocationList::all_from_pem(&fs::read(&renewed.path).unwrap()).unwrap();
     assert_eq!(read, [renewed.list]);
     assert_eq!(plant.strict().revoked(), 2);
+    assert_eq!(plant.strict().next_update(), read[0].next_update);
+    assert_eq!(plant.anchors().next_update(), None);
 }
 
 #[test]
