@@ -16,6 +16,7 @@ use crate::revocation;
 
 mod connection;
 mod control;
+mod datagram;
 mod delivery;
 mod ingest;
 mod reader;
@@ -98,7 +99,9 @@ fn transport(limits: &Limits) -> TransportConfig {
         .max_idle_timeout(quinn::IdleTimeout::try_from(limits.idle_timeout).ok())
         .max_concurrent_bidi_streams(VarInt::from_u32(limits.calls_per_connection + 1))
         // Publish lanes: one for each class and some for isolation.
-        .max_concurrent_uni_streams(VarInt::from_u32(64));
+        .max_concurrent_uni_streams(VarInt::from_u32(64))
+        .datagram_receive_buffer_size(Some(datagram::RECEIVE_BUFFER))
+        .datagram_send_buffer_size(datagram::SEND_BUFFER);
     // One acknowledgement for 25 packets instead of 2: a broker sends far more than it receives,
     // and each acknowledgement costs it a packet to read.
     let mut acks = quinn::AckFrequencyConfig::default();

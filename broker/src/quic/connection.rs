@@ -9,13 +9,14 @@ use quinn::{Connection, SendStream};
 use selvedge_certs::Identity;
 use selvedge_proto::REVISION;
 use selvedge_proto::frame::{self, Kind};
-use selvedge_proto::message::Qos;
+use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::datagram::{DatagramDelivery, DatagramIngest};
 use super::delivery::Delivery;
 use super::ingest::{Ingest, IngestError};
 use super::{FrameReader, LISTENER, ReadFrameError};
@@ -148,6 +149,11 @@ pub(super) async fn run(
     };
     let end = actor.run(reader).await;
     let clean = matches!(end, End::Goodbye);
+    if clean {
+        // The goodbye is read before datagrams that came ahead of it. What is wrong with them is of
+        // no interest any more.
+        let _ = actor.datagrams().drain().await;
+    }
     let farewell_frame = match &end {
         End::Goodbye => Some(goodbye(&Status::ok())),
         End::Kicked(status) | End::Violation(status) => Some(goodbye(status)),
@@ -332,6 +338,9 @@ impl Actor {
     async fn run(&mut self, mut reader: FrameReader) -> End {
         let outbox = Arc::clone(&self.attachment.session.outbox);
         let kick = self.attachment.kick.clone();
+        let datagrams = self.datagrams();
+        self.tasks
+            .spawn(async move { LaneEnd::Ingest(datagrams.run().await) });
         loop {
             // In order of urgency: the end of the connection, what frees others (control frames
             // carry acknowledgements), what the client waits for, then new work.
@@ -405,6 +414,14 @@ impl Actor {
         }
     }
 
+    fn datagrams(&self) -> DatagramIngest {
+        DatagramIngest::new(
+            self.connection.clone(),
+            self.publisher.clone(),
+            self.control.clone(),
+        )
+    }
+
     /// Opens a lane for each queue that has its first messages.
     fn open_lanes(&mut self, outbox: &crate::queue::Outbox) {
         for queue in outbox.take(self.attachment.epoch) {
@@ -412,13 +429,22 @@ impl Actor {
             self.next_lane += 1;
             queue.set_writer(self.peer_limit);
             let owner = self.attachment.session.subscription(queue.subscription);
-            let retain_as_published = owner.is_some_and(|owner| owner.retain_as_published);
+            let retain_as_published = owner
+                .as_ref()
+                .is_some_and(|owner| owner.retain_as_published);
+            // Datagrams have no class: what is more or less urgent goes on its lane.
+            let datagrams = owner
+                .filter(|owner| owner.datagrams && queue.class == Class::Normal)
+                .map(|owner| {
+                    DatagramDelivery::new(self.connection.clone(), owner.id, retain_as_published)
+                });
             self.lanes.insert(lane, Arc::clone(&queue));
             let delivery = Delivery::new(
                 queue,
                 Arc::clone(&self.fabric),
                 self.attachment.epoch,
                 retain_as_published,
+                datagrams,
                 lane,
             );
             let connection = self.connection.clone();

@@ -9,6 +9,7 @@ use selvedge_proto::frame::{self, Kind};
 use selvedge_proto::lane::Flags;
 use selvedge_proto::wire;
 
+use super::datagram::DatagramDelivery;
 use crate::batch::Flow;
 use crate::clock;
 use crate::fabric::Fabric;
@@ -16,6 +17,10 @@ use crate::queue::{DeliveryQueue, Entry};
 
 /// Bytes taken from the queue for one write.
 const BUDGET: usize = 256 * 1024;
+
+/// The same where messages go in datagrams: what was taken is beyond the reach of the queue's policy,
+/// and old by the time that it is sent.
+const DATAGRAM_BUDGET: usize = 8 * 1024;
 
 /// Pieces below this size are copied together, since each piece costs the transport more than the
 /// copy does.
@@ -32,6 +37,8 @@ pub(super) struct Delivery {
     epoch: u64,
     /// The subscription that owns the lane wants the retain flag as published.
     retain_as_published: bool,
+    /// The subscription that owns the lane wants datagrams.
+    datagrams: Option<DatagramDelivery>,
     lane: u32,
     /// Flows announced on this lane, by id. Kept alive so that an id cannot mean another.
     bound: HashMap<u32, Arc<Flow>>,
@@ -44,6 +51,7 @@ impl Delivery {
         fabric: Arc<Fabric>,
         epoch: u64,
         retain_as_published: bool,
+        datagrams: Option<DatagramDelivery>,
         lane: u32,
     ) -> Self {
         Self {
@@ -51,6 +59,7 @@ impl Delivery {
             fabric,
             epoch,
             retain_as_published,
+            datagrams,
             lane,
             bound: HashMap::new(),
             last: None,
@@ -69,6 +78,10 @@ impl Delivery {
             .write_chunk(frame::encode(Kind::LANE, &header))
             .await?;
         let mut chunks = Vec::new();
+        let budget = match self.datagrams {
+            Some(_) => DATAGRAM_BUDGET,
+            None => BUDGET,
+        };
         // Bytes of backlog that may be sent with the next take.
         let mut granted = 0;
         loop {
@@ -77,11 +90,17 @@ impl Delivery {
                 continue;
             }
             let owed = std::mem::take(&mut granted);
-            let taken = self.queue.take(self.epoch, BUDGET, owed, clock::now());
+            let mut taken = self.queue.take(self.epoch, budget, owed, clock::now());
             if taken.stale {
                 return Ok(());
             }
             if !taken.entries.is_empty() {
+                // A backlog does not lose its worth, so what may be of one goes on the lane.
+                if let Some(datagrams) = self.datagrams.as_ref().filter(|_| owed == 0) {
+                    let sent = datagrams.send(&mut taken.entries).await?;
+                    self.fabric.metrics.messages_out.inc_by(sent.messages);
+                    self.fabric.metrics.bytes_out.inc_by(sent.bytes);
+                }
                 self.encode(&taken.entries, &mut chunks);
                 stream.write_all_chunks(&mut chunks).await?;
                 chunks.clear();

@@ -191,7 +191,9 @@ impl Ingest {
         if qos == Qos::AtMostOnce {
             match self.publisher.publish(topic, &incoming) {
                 Ok(()) => mark_dirty(&mut self.dirty, message.alias),
-                Err(status) => self.answers.refuse_unnumbered(topic.name(), status),
+                Err(status) => {
+                    refuse_unnumbered(&mut self.answers.refused, topic.name(), status);
+                }
             }
             return Ok(());
         }
@@ -374,25 +376,29 @@ impl Answers {
             _ => self.taken.push((number, number, durability)),
         }
     }
+}
 
-    #[cold]
-    fn refuse_unnumbered(&mut self, topic: &TopicName, status: Status) {
-        let known = self
-            .refused
-            .iter_mut()
-            .find(|refused| refused.number == 0 && refused.topic == topic.as_str());
-        if let Some(refused) = known {
-            refused.count += 1;
-            return;
-        }
-        self.refused.push(wire::PublishRefused {
-            lane: 0,
-            number: 0,
-            topic: topic.as_str().to_owned(),
-            count: 1,
-            status: Some(status.into()),
-        });
+/// Adds a refused QoS 0 message: one answer for all of a topic.
+#[cold]
+pub(super) fn refuse_unnumbered(
+    refusals: &mut Vec<wire::PublishRefused>,
+    topic: &TopicName,
+    status: Status,
+) {
+    let known = refusals
+        .iter_mut()
+        .find(|refused| refused.number == 0 && refused.topic == topic.as_str());
+    if let Some(refused) = known {
+        refused.count += 1;
+        return;
     }
+    refusals.push(wire::PublishRefused {
+        lane: 0,
+        number: 0,
+        topic: topic.as_str().to_owned(),
+        count: 1,
+        status: Some(status.into()),
+    });
 }
 
 #[inline]
