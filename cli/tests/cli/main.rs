@@ -7,4 +7,6 @@ mod crash;
 mod demo;
 mod dev;
 mod program;
+#[cfg(target_os = "linux")]
+mod soak;
 mod store;

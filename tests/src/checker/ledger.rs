@@ -423,6 +423,21 @@ impl Ledger {
         self.counts
     }
 
+    /// How many messages each stream has.
+    pub fn lengths(&self) -> Vec<u64> {
+        let lengths = self.streams.iter();
+        lengths.map(|stream| stream.fates.len() as u64).collect()
+    }
+
+    /// Whether every reader has had something that was published after the streams had these
+    /// lengths.
+    pub fn all_read_beyond(&self, lengths: &[u64]) -> bool {
+        self.readers.iter().all(|reader| {
+            let mut seen = reader.seen.iter().zip(lengths);
+            seen.any(|(seen, length)| seen.highest.is_some_and(|highest| highest >= *length))
+        })
+    }
+
     /// Whether every reader has had the last message of every stream. What it has not had by then
     /// can come out of order only.
     pub fn ends_delivered(&self) -> bool {

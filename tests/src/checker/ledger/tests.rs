@@ -94,9 +94,8 @@ prop_compose! {
         let (mut at, mut reached, mut deliveries) = (0usize, 0usize, Vec::new());
         for (ahead, back) in steps.into_iter().chain([(usize::MAX, 0)]) {
             let end = at.saturating_add(ahead).min(wanted.len());
-            for place in at..end {
-                deliveries.push((stream, wanted[place], place < reached));
-            }
+            let sent = (at..).zip(&wanted[at..end]);
+            deliveries.extend(sent.map(|(place, number)| (stream, *number, place < reached)));
             reached = reached.max(end);
             at = end.saturating_sub(back);
         }
