@@ -10,12 +10,13 @@ use selvedge_certs::Identity;
 use selvedge_proto::lane::Flags;
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::Status;
-use selvedge_proto::topic::SubscribeTarget;
+use selvedge_proto::topic::{SubscribeTarget, TopicName};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::call::{Call, CallError, CallStream};
 use crate::control::Control;
+use crate::datagram::{Datagrams, Offer};
 use crate::driver::{self, ConnectError};
 use crate::infer::{Infer, InferStream, Inference};
 use crate::lane::{Lane, Outgoing};
@@ -51,6 +52,7 @@ pub(crate) struct Shared {
     pub(crate) link: watch::Sender<Option<Link>>,
     /// Publish lanes, by class.
     pub(crate) lanes: [Lane; 3],
+    pub(crate) datagrams: Datagrams,
     pub(crate) control: Control,
     pub(crate) counters: Arc<Counters>,
     /// Flushes that wait for the broker's pong, by token.
@@ -78,6 +80,7 @@ impl Shared {
         let lane = |class| Lane::new(class, settings.outbox_bytes, counters.clone());
         Self {
             lanes: Class::ALL.map(lane),
+            datagrams: Datagrams::new(counters.clone()),
             identity,
             state: watch::Sender::new(State::Connecting { attempt: 1 }),
             link: watch::Sender::new(None),
@@ -96,8 +99,27 @@ impl Shared {
         &self.lanes[class.index()]
     }
 
-    /// Waits until the broker has processed everything published before.
+    /// Publishes in a datagram, or on the normal lane if it does not fit one.
+    async fn publish_datagram(&self, message: Outgoing<TopicName>) -> Result<(), PublishError> {
+        let lane = self.lane(Class::Normal);
+        lane.admits(&message)?;
+        match self.datagrams.offer(message) {
+            Offer::Taken { crowded } => {
+                if crowded {
+                    // Nothing else makes a publisher wait that is faster than the network.
+                    tokio::task::yield_now().await;
+                }
+                Ok(())
+            }
+            Offer::Unfit(message) => lane.publish(message).await,
+            Offer::Disconnected => Err(PublishError::Disconnected),
+        }
+    }
+
+    /// Waits until the broker has processed everything published before, except that datagrams may
+    /// still be under way.
     pub(crate) async fn flush(&self) -> Result<(), FlushError> {
+        self.datagrams.drained().await;
         let mut waits = Vec::new();
         for lane in &self.lanes {
             let token = self.next_mark.fetch_add(1, Ordering::Relaxed);
@@ -207,7 +229,12 @@ impl Client {
             header: message.properties.encode(),
             payload: message.payload,
         };
+        let as_datagram = message.datagram && !message.retain && message.class == Class::Normal;
         match message.qos {
+            Qos::AtMostOnce if as_datagram => {
+                self.shared().publish_datagram(outgoing).await?;
+                Ok(PublishAck { durability: None })
+            }
             Qos::AtMostOnce => {
                 lane.publish(outgoing).await?;
                 Ok(PublishAck { durability: None })
@@ -217,7 +244,8 @@ impl Client {
         }
     }
 
-    /// Waits until the broker has processed everything published before.
+    /// Waits until the broker has processed everything published before; datagrams may still be
+    /// under way, or lost.
     ///
     /// # Errors
     /// [`FlushError::Refused`] when QoS 0 messages before it were refused.
@@ -333,8 +361,8 @@ impl Client {
     /// Counters since the client was made.
     pub fn stats(&self) -> ClientStats {
         let shared = self.shared();
-        let published = shared.lanes.iter().map(Lane::published).sum();
-        shared.counters.snapshot(published)
+        let on_lanes: u64 = shared.lanes.iter().map(Lane::published).sum();
+        shared.counters.snapshot(on_lanes)
     }
 
     /// Sends what is queued, says goodbye and closes, for every clone. Takes a few seconds at most.

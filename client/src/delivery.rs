@@ -251,6 +251,7 @@ impl LaneReader {
             class: self.class,
             properties,
             ticket: None,
+            receipt: None,
         };
         let acknowledged = message.qos != Qos::AtMostOnce;
         if bound.routes.is_empty() {
@@ -344,6 +345,7 @@ fn batch(
                 payload: message.payload.clone(),
                 properties: message.properties.clone(),
                 ticket: message.ticket.clone(),
+                receipt: None,
                 ..message
             },
         );

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use selvedge_certs::explain_connection_error;
 use selvedge_proto::frame::{self, Kind};
-use selvedge_proto::message::Durability;
+use selvedge_proto::message::{Class, Durability};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout};
 use crate::ack::PendingAcks;
 use crate::backoff::Backoff;
 use crate::client::{Link, Shared};
+use crate::datagram;
 use crate::delivery;
 use crate::exchange;
 use crate::framed::FramedReader;
@@ -321,6 +322,15 @@ impl Driver {
             });
         }
         tasks.spawn(delivery::accept(shared.clone(), connection.clone(), acks));
+        tasks.spawn(datagram::read(shared.clone(), connection.clone()));
+        tasks.spawn({
+            let (shared, connection) = (shared.clone(), connection.clone());
+            async move {
+                shared.control.restored().await;
+                shared.datagrams.write(&connection).await
+            }
+        });
+        shared.datagrams.connected(connection.clone());
         tasks.spawn(exchange::accept(
             shared.clone(),
             connection.clone(),
@@ -390,6 +400,7 @@ impl Driver {
         for lane in &shared.lanes {
             lane.disconnected();
         }
+        shared.datagrams.disconnected();
         shared.control.disconnected();
         lock(&shared.marks).clear();
         end
@@ -478,11 +489,18 @@ fn lane(shared: &Shared, number: u32) -> Option<&Lane> {
 fn publish_refused(shared: &Shared, refused: wire::PublishRefused) {
     let status = refused.status.map(Status::from);
     let status = status.unwrap_or_else(|| Status::new(Code::Unknown, "no reason given"));
-    let Some(lane) = lane(shared, refused.lane) else {
+    // Datagrams are on no lane; what is refused of them counts for the lane they would be on.
+    let lane = match refused.lane {
+        0 => Some(shared.lane(Class::Normal)),
+        number => lane(shared, number),
+    };
+    let Some(lane) = lane else {
         return;
     };
     if refused.number > 0 {
-        lane.refused(refused.number, &status);
+        if refused.lane > 0 {
+            lane.refused(refused.number, &status);
+        }
         return;
     }
     let refusals = &shared.counters.refused;

@@ -145,6 +145,11 @@ impl Lane {
         }
     }
 
+    /// Whether a message of this lane's class may be published at all, for one that goes another way.
+    pub(crate) fn admits(&self, message: &Outgoing<TopicName>) -> Result<(), PublishError> {
+        lock(&self.state).admit(message.topic.as_str(), message.bytes())
+    }
+
     /// Publishes with QoS 1, waiting for room and then for the answer.
     pub(crate) async fn publish_acknowledged(
         &self,

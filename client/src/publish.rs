@@ -79,6 +79,7 @@ pub struct Publish {
     pub(crate) class: Class,
     pub(crate) durability: Durability,
     pub(crate) properties: Properties,
+    pub(crate) datagram: bool,
 }
 
 impl Publish {
@@ -93,6 +94,7 @@ impl Publish {
             class: Class::Normal,
             durability: Durability::Default,
             properties: Properties::default(),
+            datagram: false,
         }
     }
 
@@ -130,6 +132,28 @@ impl Publish {
         self.properties = properties;
         self
     }
+
+    /// Names the message, up to 128 bytes: the broker takes a message with the same id from the same
+    /// identity only once, and a subscriber's client gives it to the application only once.
+    #[must_use]
+    pub fn message_id(mut self, id: impl Into<Bytes>) -> Self {
+        self.properties.message_id = id.into();
+        self
+    }
+
+    /// Send a QoS 0 message that is worthless when late as a datagram: it is not sent again when
+    /// lost, waits for nothing lost before it, and is dropped for newer ones when the network is
+    /// too slow, or while disconnected. A message that does not fit a datagram (about 1200 bytes with its topic
+    /// and properties), that is to be retained, that is not of class normal or has QoS 1 goes its
+    /// usual way, as do all when the broker takes no datagrams; [`ClientStats`] counts which went
+    /// where. Default: false.
+    ///
+    /// [`ClientStats`]: crate::ClientStats
+    #[must_use]
+    pub fn datagram(mut self, datagram: bool) -> Self {
+        self.datagram = datagram;
+        self
+    }
 }
 
 /// What became of a published message.
@@ -161,8 +185,9 @@ pub enum PublishError {
     /// topic, and is forgotten after a second.
     #[error("the broker refused the message: {0}")]
     Refused(Status),
-    /// The client is disconnected and its buffer for QoS 0 messages is full.
-    #[error("disconnected, and the buffer is full: the message is dropped")]
+    /// The client is disconnected, and the message cannot wait: the buffer for QoS 0 messages is
+    /// full, or it was to be a datagram.
+    #[error("disconnected, and the message cannot wait: it is dropped")]
     Disconnected,
     /// The client is closed.
     #[error("the client is closed: {0}")]

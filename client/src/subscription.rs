@@ -17,6 +17,8 @@ use tokio::sync::futures::Notified;
 use crate::ack::Ticket;
 use crate::client::Client;
 use crate::control::Refusal;
+use crate::receipts::{Receipt, Receipts};
+use crate::stats::count;
 use crate::sync::lock;
 
 /// What the broker does when this subscriber is too slow.
@@ -62,7 +64,12 @@ pub struct SubscribeOptions {
     /// Deliver with the retain flag as published, instead of only on messages that were retained
     /// before. Implies `own_lane`. Default: false.
     pub retain_as_published: bool,
-    /// What the broker does when this subscriber is too slow.
+    /// Deliver QoS 0 messages of class normal that fit as datagrams, for what is worthless when late:
+    /// one that the network loses is not sent again, and holds up none behind it. Retained and
+    /// replayed messages and all others come on lanes as ever. Implies `own_lane`. Default: false.
+    pub datagrams: bool,
+    /// What the broker does when this subscriber is too slow. Anything but the default implies
+    /// `own_lane`, since the lanes that subscriptions share have one queue.
     pub overflow: Overflow,
     /// Messages that may wait in this process, at least 1; 16 MiB bound them as well. QoS 0
     /// messages beyond it are dropped and counted; QoS 1 messages make the lane wait. Default: 4096.
@@ -80,6 +87,7 @@ impl Default for SubscribeOptions {
             retain_handling: RetainHandling::Send,
             own_lane: false,
             retain_as_published: false,
+            datagrams: false,
             overflow: Overflow::Default,
             queue: 4096,
             manual_ack: false,
@@ -133,10 +141,10 @@ impl SubscribeOptions {
             no_local: self.no_local,
             retain_handling: retain_handling.into(),
             overflow: overflow.into(),
-            own_lane: self.own_lane,
+            own_lane: self.own_lane || self.overflow != Overflow::Default,
             retain_as_published: self.retain_as_published,
             replay: None,
-            datagrams: false,
+            datagrams: self.datagrams,
         }
     }
 }
@@ -160,6 +168,7 @@ pub struct Message {
     pub class: Class,
     pub(crate) properties: Option<Box<Properties>>,
     pub(crate) ticket: Option<Ticket>,
+    pub(crate) receipt: Option<Receipt>,
 }
 
 impl Message {
@@ -175,19 +184,25 @@ impl Message {
     /// Acknowledgements are cumulative: a message that is dropped without it, and those after it
     /// on the same lane, are delivered again after a reconnect of a kept session.
     pub fn ack(&mut self) {
+        if let Some(receipt) = self.receipt.take() {
+            receipt.sign(self);
+        }
         if let Some(ticket) = self.ticket.take() {
             ticket.redeem();
         }
     }
 }
 
-/// A stream of messages. Dropping it unsubscribes; to leave the subscription in a session that the
+/// A stream of messages. A message with an id that the application has taken does not come again
+/// when the broker repeats it, within the last 4096 ids. Dropping it unsubscribes; to leave the subscription in a session that the
 /// broker keeps, [close](Client::close) the client first.
 #[derive(Debug)]
 pub struct Subscription {
     /// Messages taken from the route and not yet by the application.
     ready: VecDeque<Message>,
     route: Arc<Route>,
+    /// What the application has taken.
+    receipts: Receipts,
     /// Keeps the connection open.
     client: Client,
 }
@@ -197,6 +212,7 @@ impl Subscription {
         Self {
             ready: VecDeque::new(),
             route,
+            receipts: Receipts::default(),
             client,
         }
     }
@@ -226,20 +242,28 @@ impl Subscription {
 
     #[inline]
     fn poll_message(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
-        if self.ready.is_empty() {
-            match self.route.poll_take(context, &mut self.ready) {
-                Poll::Ready(true) => {}
-                Poll::Ready(false) => return Poll::Ready(None),
-                Poll::Pending => return Poll::Pending,
+        loop {
+            if self.ready.is_empty() {
+                match self.route.poll_take(context, &mut self.ready) {
+                    Poll::Ready(true) => {}
+                    Poll::Ready(false) => return Poll::Ready(None),
+                    Poll::Pending => return Poll::Pending,
+                }
             }
+            let Some(mut message) = self.ready.pop_front() else {
+                return Poll::Ready(None);
+            };
+            if message.duplicate && self.receipts.has(&message) {
+                count(&self.client.shared().counters.duplicates, 1);
+                message.ack();
+                continue;
+            }
+            message.receipt = self.receipts.receipt(&message);
+            if !self.route.manual_ack {
+                message.ack();
+            }
+            return Poll::Ready(Some(message));
         }
-        let mut message = self.ready.pop_front();
-        if !self.route.manual_ack
-            && let Some(message) = &mut message
-        {
-            message.ack();
-        }
-        Poll::Ready(message)
     }
 }
 
@@ -312,7 +336,11 @@ impl Route {
         Self {
             id,
             filter: target.filter.clone(),
-            owns_lane: options.own_lane || options.retain_as_published || target.share.is_some(),
+            owns_lane: options.own_lane
+                || options.retain_as_published
+                || options.datagrams
+                || options.overflow != Overflow::Default
+                || target.share.is_some(),
             max_qos: options.max_qos,
             manual_ack: options.manual_ack,
             limit: options.queue.max(1),

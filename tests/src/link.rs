@@ -1,5 +1,5 @@
-//! A bad network on one machine: a UDP relay that loses, delays, reorders and cuts, and that changes
-//! its port towards the broker as a NAT does.
+//! A bad network on one machine: a UDP relay that loses, delays, reorders, cuts and is narrow, and that
+//! changes its port towards the broker as a NAT does.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -26,12 +26,14 @@ const MAX_RETURNS: usize = 4_096;
 const MAX_CLIENTS: usize = 1_024;
 /// A datagram picked for reordering is overtaken by everything sent within this time.
 const REORDER_HOLD: Duration = Duration::from_millis(20);
+/// Bytes that wait where a link is narrow; a datagram that finds more is lost, as in any router.
+const NARROW_BUFFER: u64 = 64 << 10;
 /// The largest UDP payload.
 const MAX_DATAGRAM: usize = 65_536;
 /// Asked of the kernel so that the relay itself loses nothing; the kernel may grant less.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// What the link does to datagrams, in both directions alike.
+/// What the link does to the datagrams of a direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Weather {
     /// The probability, 0 to 1, that a datagram is lost.
@@ -42,9 +44,12 @@ pub struct Weather {
     pub jitter: Duration,
     /// The probability, 0 to 1, that a datagram is held back and overtaken.
     pub reorder: f64,
-    /// Nothing passes in either direction.
+    /// Nothing passes.
     pub cut: bool,
-    /// How many datagrams of each client reach the broker; those after them are lost.
+    /// Bytes that pass in a second; datagrams wait for those before them.
+    pub rate: Option<u64>,
+    /// How many datagrams of each client reach the broker; those after them are lost. Counts on the
+    /// way up only.
     pub uplink_quota: Option<u64>,
 }
 
@@ -56,6 +61,7 @@ impl Weather {
         jitter: Duration::ZERO,
         reorder: 0.0,
         cut: false,
+        rate: None,
         uplink_quota: None,
     };
 }
@@ -67,7 +73,7 @@ pub struct LinkCounts {
     pub up: u64,
     /// Datagrams passed on to clients.
     pub down: u64,
-    /// Datagrams lost by intent: loss, cut and quota.
+    /// Datagrams lost by intent: loss, cut, quota, and rate with its buffer full.
     pub lost: u64,
     /// Datagrams lost because one of the relay's own bounds was reached.
     pub overflow: u64,
@@ -78,7 +84,7 @@ pub struct LinkCounts {
 #[derive(Debug)]
 pub struct UdpLink {
     address: SocketAddr,
-    weather: watch::Sender<Weather>,
+    weather: watch::Sender<BothWays>,
     commands: mpsc::Sender<Command>,
     counters: Arc<Counters>,
     _relay: AbortOnDropHandle<()>,
@@ -89,7 +95,10 @@ impl UdpLink {
     pub async fn start(broker: SocketAddr, seed: u64) -> io::Result<UdpLink> {
         let front = Arc::new(bind().await?);
         let address = front.local_addr()?;
-        let (weather, weather_seen) = watch::channel(Weather::FAIR);
+        let (weather, weather_seen) = watch::channel(BothWays {
+            up: Weather::FAIR,
+            down: Weather::FAIR,
+        });
         let (commands, commands_seen) = mpsc::channel(1);
         let (returns, returned) = mpsc::channel(MAX_RETURNS);
         let counters = Arc::new(Counters::default());
@@ -119,19 +128,25 @@ impl UdpLink {
         self.address
     }
 
-    /// Changes the weather for datagrams that arrive from now on.
+    /// Changes the weather of both directions, for datagrams that arrive from now on.
     pub fn set(&self, weather: Weather) {
-        self.weather.send_replace(weather);
+        self.set_each(weather, weather);
+    }
+
+    /// Changes the weather towards the broker and towards clients, for datagrams that arrive from now
+    /// on.
+    pub fn set_each(&self, up: Weather, down: Weather) {
+        self.weather.send_replace(BothWays { up, down });
     }
 
     /// Loses everything in both directions until [`UdpLink::heal`].
     pub fn cut(&self) {
-        self.weather.send_modify(|weather| weather.cut = true);
+        self.weather.send_modify(|weather| weather.cut(true));
     }
 
     /// Ends a cut.
     pub fn heal(&self) {
-        self.weather.send_modify(|weather| weather.cut = false);
+        self.weather.send_modify(|weather| weather.cut(false));
     }
 
     /// Gives every client a new source port towards the broker; the old ports are closed. Answers
@@ -164,6 +179,20 @@ impl UdpLink {
     }
 }
 
+/// The weather of each direction.
+#[derive(Debug, Clone, Copy)]
+struct BothWays {
+    up: Weather,
+    down: Weather,
+}
+
+impl BothWays {
+    fn cut(&mut self, cut: bool) {
+        self.up.cut = cut;
+        self.down.cut = cut;
+    }
+}
+
 #[derive(Debug)]
 enum Command {
     Rebind(oneshot::Sender<()>),
@@ -183,7 +212,7 @@ struct Relay {
     /// Where clients send to.
     front: Arc<UdpSocket>,
     broker: SocketAddr,
-    weather: watch::Receiver<Weather>,
+    weather: watch::Receiver<BothWays>,
     counters: Arc<Counters>,
     /// One socket towards the broker for each client, by the client's address.
     flows: HashMap<SocketAddr, Flow>,
@@ -276,7 +305,7 @@ impl Relay {
         }
         let flow = self.flows.get_mut(&client).expect("it was just inserted");
         flow.sent += 1;
-        let quota = self.weather.borrow().uplink_quota;
+        let quota = self.weather.borrow().up.uplink_quota;
         if quota.is_some_and(|quota| flow.sent > quota) {
             return count(&self.counters.lost);
         }
@@ -285,11 +314,11 @@ impl Relay {
 
     async fn accept(&mut self, client: SocketAddr, heading: Heading, datagram: Bytes) {
         let weather = *self.weather.borrow();
-        let direction = match heading {
-            Heading::Up => &mut self.up,
-            Heading::Down => &mut self.down,
+        let (direction, weather) = match heading {
+            Heading::Up => (&mut self.up, &weather.up),
+            Heading::Down => (&mut self.down, &weather.down),
         };
-        match direction.fate(&weather, Instant::now()) {
+        match direction.fate(weather, datagram.len(), Instant::now()) {
             Fate::Lost => count(&self.counters.lost),
             Fate::Now => self.send(client, heading, &datagram).await,
             Fate::Later(_) if self.held.len() >= MAX_HELD => count(&self.counters.overflow),
@@ -388,6 +417,8 @@ struct Direction {
     rng: StdRng,
     /// When the latest datagram that was not reordered is due: jitter does not overtake it.
     latest: Option<Instant>,
+    /// When everything before will have passed where the link is narrow.
+    passed: Option<Instant>,
 }
 
 impl Direction {
@@ -395,20 +426,34 @@ impl Direction {
         Self {
             rng: StdRng::seed_from_u64(seed),
             latest: None,
+            passed: None,
         }
     }
 
-    fn fate(&mut self, weather: &Weather, now: Instant) -> Fate {
+    fn fate(&mut self, weather: &Weather, bytes: usize, now: Instant) -> Fate {
         // Three draws each time, whatever the weather, so that the fate of the n-th datagram depends
         // only on the seed and n.
         let (loss, jitter, reorder): (f64, f64, f64) = self.rng.random();
         if weather.cut || loss < weather.loss {
             return Fate::Lost;
         }
+        let passes = match weather.rate {
+            None => now,
+            Some(rate) => {
+                let time = |bytes: u64| Duration::from_secs_f64(bytes as f64 / rate as f64);
+                let begins = self.passed.map_or(now, |passed| passed.max(now));
+                if begins - now > time(NARROW_BUFFER) {
+                    return Fate::Lost;
+                }
+                let passed = begins + time(bytes as u64);
+                self.passed = Some(passed);
+                passed
+            }
+        };
         if reorder < weather.reorder {
-            return Fate::Later(now + weather.delay + weather.jitter + REORDER_HOLD);
+            return Fate::Later(passes + weather.delay + weather.jitter + REORDER_HOLD);
         }
-        let due = now + weather.delay + weather.jitter.mul_f64(jitter);
+        let due = passes + weather.delay + weather.jitter.mul_f64(jitter);
         let due = self.latest.map_or(due, |latest| due.max(latest));
         self.latest = Some(due);
         if due <= now {
@@ -441,7 +486,9 @@ mod tests {
     fn fates(weather: Weather, seed: u64, count: usize) -> Vec<Fate> {
         let now = Instant::now();
         let mut direction = Direction::new(seed);
-        (0..count).map(|_| direction.fate(&weather, now)).collect()
+        (0..count)
+            .map(|_| direction.fate(&weather, 1_000, now))
+            .collect()
     }
 
     #[tokio::test(start_paused = true)]
@@ -476,6 +523,25 @@ mod tests {
             })
             .collect();
         assert!(dues.is_sorted());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_narrow_link_takes_its_time_and_loses_what_its_buffer_cannot_hold() {
+        let weather = Weather {
+            rate: Some(1_000_000),
+            ..Weather::FAIR
+        };
+        let now = Instant::now();
+        let fates = fates(weather, 1, 100);
+        let through = 1 + (NARROW_BUFFER / 1_000) as usize;
+        for (index, fate) in fates.into_iter().enumerate() {
+            let due = now + Duration::from_millis(index as u64 + 1);
+            let want = match index {
+                index if index < through => Fate::Later(due),
+                _ => Fate::Lost,
+            };
+            assert_eq!(fate, want, "{index}");
+        }
     }
 
     async fn echo() -> (

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::ConnectError;
+use crate::datagram;
 use crate::framed::{FramedError, FramedReader};
 use crate::options::{Endpoint, Options, whole_seconds};
 
@@ -147,7 +148,9 @@ impl Connector {
                 ))
             })?))
             .max_concurrent_bidi_streams(VarInt::from_u32(MAX_INCOMING_CALLS))
-            .max_concurrent_uni_streams(VarInt::from_u32(MAX_DELIVERY_LANES));
+            .max_concurrent_uni_streams(VarInt::from_u32(MAX_DELIVERY_LANES))
+            .datagram_receive_buffer_size(Some(datagram::RECEIVE_BUFFER))
+            .datagram_send_buffer_size(datagram::SEND_BUFFER);
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport));
         Ok(Self {
