@@ -17,6 +17,7 @@ use crate::inference;
 use crate::policy::{Decision, LivePolicy, Verb};
 use crate::quic::FrameReader;
 use crate::services::NoResponder;
+use crate::system;
 use crate::tenant::Tenant;
 
 pub(crate) mod exchange;
@@ -54,6 +55,15 @@ impl Caller {
                 self.fabric.metrics.deny(verb.as_str());
                 Err(denial.into())
             }
+        }
+    }
+
+    /// Remembers, for `selvedge explain`, a request that ended before anything was answered.
+    pub(crate) fn refused(&self, verb: Verb, subject: &str, status: &Status) {
+        // Who gives up knows it.
+        if status.code != Code::Cancelled {
+            let explain = &self.tenant.explain;
+            explain.request_refused(&self.identity, verb, subject, status);
         }
     }
 }
@@ -112,10 +122,12 @@ pub(crate) async fn end_with(send: &mut SendStream, status: Status) {
 }
 
 async fn call(caller: &Caller, header: wire::CallHeader, mut leg: Leg, rest: Bytes) -> Code {
+    let service = header.service.clone();
     let status = match place_and_relay(caller, header, &mut leg, rest).await {
         Ok(code) => return code,
         Err(status) => status,
     };
+    caller.refused(Verb::Call, &service, &status);
     let code = status.code;
     end_with(&mut leg.send, status).await;
     let _ = leg.recv.stop(code.to_quic().into());
@@ -133,6 +145,9 @@ async fn place_and_relay(
     let service = TopicName::parse(header.service.as_str())
         .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
     caller.allow(Verb::Call, &service)?;
+    if system::is_reserved(&service) {
+        return system::call(caller, &service, leg, rest, due).await;
+    }
     let fabric = &caller.fabric;
     let cancelled = leg.send.stopped();
     tokio::pin!(cancelled);

@@ -64,10 +64,12 @@ pub(crate) async fn infer(
     rest: Bytes,
 ) -> (Option<Tier>, Code) {
     let mut tier = None;
+    let model = header.model.clone();
     let status = match run(caller, header, &mut leg, rest, &mut tier).await {
         Ok(code) => return (tier, code),
         Err(status) => status,
     };
+    caller.refused(Verb::Infer, &model, &status);
     let code = status.code;
     end_with(&mut leg.send, status).await;
     let _ = leg.recv.stop(code.to_quic().into());

@@ -28,6 +28,7 @@ pub mod queue;
 pub mod quic;
 pub mod quota;
 mod restore;
+mod system;
 pub mod retained;
 pub mod revocation;
 pub mod router;

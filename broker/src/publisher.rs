@@ -229,14 +229,23 @@ impl Publisher {
 
     /// Remembers a refusal for `selvedge explain`.
     #[cold]
-    fn refused(&self, topic: &Topic, message: &Incoming<'_>, status: &Status) {
+    pub(crate) fn refused(&self, topic: &Topic, message: &Incoming<'_>, status: &Status) {
         let id = HeaderFacts::read(message.header, clock::now())
             .map(|facts| facts.message_id)
             .unwrap_or_default();
         let id = (!id.is_empty()).then_some(id);
-        self.tenant
-            .explain
-            .refused(&self.identity, Some(&topic.flow.topic), id, status);
+        self.tenant.explain.refused(
+            &self.identity,
+            Some(&topic.flow.topic),
+            id.as_deref(),
+            status,
+        );
+    }
+
+    /// Remembers that the store could not keep `count` messages, which were handed out already.
+    #[cold]
+    pub(crate) fn not_kept(&self, count: u64, status: &Status) {
+        self.tenant.explain.not_kept(&self.identity, count, status);
     }
 
     /// Finds the route again if subscriptions have changed.

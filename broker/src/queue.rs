@@ -709,6 +709,25 @@ impl DeliveryQueue {
         self.inner.lock().bytes
     }
 
+    /// Bytes that wait and bytes that are in flight, sent and not acknowledged.
+    pub fn depth(&self) -> (usize, usize) {
+        let inner = self.inner.lock();
+        let in_flight = inner.inflight_bytes;
+        (inner.bytes.saturating_sub(in_flight), in_flight)
+    }
+
+    /// Up to `most` batches in the queue, oldest first, and whether each is in flight.
+    pub fn peek(&self, most: usize) -> Vec<(Arc<Batch>, bool)> {
+        let inner = self.inner.lock();
+        let in_flight = inner.inflight.iter().map(|(_, entry)| (entry, true));
+        let waiting = inner.entries.iter().map(|entry| (entry, false));
+        in_flight
+            .chain(waiting)
+            .take(most)
+            .map(|(entry, in_flight)| (Arc::clone(&entry.batch), in_flight))
+            .collect()
+    }
+
     /// What a queue can do for a share group now.
     pub fn vacancy(&self) -> Vacancy {
         let inner = self.inner.lock();

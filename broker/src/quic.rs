@@ -8,7 +8,7 @@ use std::time::Duration;
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
 use selvedge_certs::{ReloadableCredentials, TrustAnchors};
 use selvedge_proto::ALPN;
-use selvedge_proto::status::Code;
+use selvedge_proto::status::{Code, Status};
 
 use crate::config::Limits;
 use crate::fabric::Fabric;
@@ -207,6 +207,8 @@ async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake, tr
             tracing::warn!(%remote, reason = %refused, "handshake failed");
             fabric.metrics.refuse(LISTENER, revocation::label(&refused));
             let reason = refused.to_string();
+            let status = Status::new(Code::Unauthenticated, reason.as_str());
+            fabric.tenant(&identity).refused(&identity, &status);
             connection.close(Code::Unauthenticated.to_quic().into(), reason.as_bytes());
             return;
         }

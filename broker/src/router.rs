@@ -155,6 +155,21 @@ impl Router {
         }
         route
     }
+
+    /// Every subscription whose filter matches a topic, members of share groups among them, whether or
+    /// not policy leaves the topic out of it.
+    pub fn matching(&self, topic: &TopicName) -> Vec<Arc<Subscriber>> {
+        let root = self.root.read();
+        let levels: Vec<&str> = topic.levels().collect();
+        let mut matching = Vec::new();
+        root.find(&levels, !topic.is_system(), &mut |found: &Subscribers| {
+            matching.extend(found.single.iter().cloned());
+            for (_, group) in &found.groups {
+                matching.extend(group.members.lock().iter().cloned());
+            }
+        });
+        matching
+    }
 }
 
 impl Group {

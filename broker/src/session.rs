@@ -12,6 +12,7 @@ use selvedge_proto::status::Status;
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock;
 use crate::losses::Losses;
 use crate::queue::{DeliveryQueue, Outbox, Overflow, Owner, QueueOptions, QueueStore};
 use crate::quota::Usage;
@@ -111,6 +112,8 @@ struct State {
     epoch: u64,
     expiry: Duration,
     detached_at: Option<Instant>,
+    /// When the connection came, or was lost.
+    since: Instant,
     will: Option<Will>,
     next_id: u32,
     /// It outlives its connections and so is kept in the store.
@@ -196,6 +199,7 @@ impl Session {
                 epoch: 0,
                 expiry: Duration::ZERO,
                 detached_at: None,
+                since: clock::now(),
                 will: None,
                 next_id: 1,
                 durable: false,
@@ -214,6 +218,7 @@ impl Session {
         let mut state = session.state.lock();
         state.expiry = Duration::from_millis(stored.expiry_ms);
         state.detached_at = Some(detached_at);
+        state.since = detached_at;
         state.durable = true;
         drop(state);
         for queue in &session.shared {
@@ -231,6 +236,7 @@ impl Session {
         let previous = state.attached.replace((epoch, kick)).map(|(_, kick)| kick);
         state.expiry = expiry;
         state.detached_at = None;
+        state.since = clock::now();
         state.will = will;
         let queues = all_queues(&self.shared, &state);
         // Under the lock, so that of two connections at once the later number wins everywhere.
@@ -290,6 +296,7 @@ impl Session {
         }
         state.attached = None;
         state.detached_at = Some(now);
+        state.since = now;
         if let ConnectionEnd::Clean {
             expiry: Some(expiry),
         } = end
@@ -329,6 +336,12 @@ impl Session {
     /// Whether a connection is attached.
     pub fn is_online(&self) -> bool {
         self.state.lock().attached.is_some()
+    }
+
+    /// Whether a connection is attached, and since when that is so.
+    pub fn presence(&self) -> (bool, Instant) {
+        let state = self.state.lock();
+        (state.attached.is_some(), state.since)
     }
 
     /// Number of the connection that holds the session now or held it last.

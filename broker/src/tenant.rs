@@ -22,7 +22,7 @@ use crate::history::{History, HistoryRule, Replay};
 use crate::losses::Losses;
 use crate::metrics::Metrics;
 use crate::models::Models;
-use crate::policy::{FilterDecision, IdentityPolicy, Verb};
+use crate::policy::{Decision, FilterDecision, IdentityPolicy, Verb};
 use crate::publisher::Publisher;
 use crate::queue::Overflow;
 use crate::quota::{ConnectionHold, Usages};
@@ -291,13 +291,26 @@ impl Tenant {
         policy: &IdentityPolicy,
         request: SubscribeRequest,
     ) -> Result<(), Status> {
+        let filter = request.target.filter.clone();
+        self.try_subscribe(session, policy, request)
+            .inspect_err(|status| {
+                let client = &session.key.identity;
+                let explain = &self.explain;
+                explain.request_refused(client, Verb::Subscribe, filter.as_str(), status);
+            })
+    }
+
+    fn try_subscribe(
+        &self,
+        session: &Arc<Session>,
+        policy: &IdentityPolicy,
+        request: SubscribeRequest,
+    ) -> Result<(), Status> {
         let residual = match policy.decide_filter(&request.target.filter) {
             FilterDecision::Allowed { residual, .. } => residual,
             FilterDecision::Denied(denial) => {
                 self.metrics.deny("subscribe");
-                let status = Status::from(denial);
-                self.refused(&session.key.identity, &status);
-                return Err(status);
+                return Err(denial.into());
             }
         };
         let previous = session.subscription(request.id);
@@ -389,6 +402,14 @@ impl Tenant {
                     FilterDecision::Allowed { residual, .. } => residual,
                     FilterDecision::Denied(denial) => {
                         tracing::warn!(%identity, %denial, "a subscription ends with the new policy");
+                        let (filter, status) = (&subscriber.target.filter, denial.into());
+                        let explain = &self.explain;
+                        explain.request_refused(
+                            identity,
+                            Verb::Subscribe,
+                            filter.as_str(),
+                            &status,
+                        );
                         self.unsubscribe(&session, subscriber.id);
                         ended += 1;
                         continue;
@@ -402,8 +423,15 @@ impl Tenant {
         }
         let may = |verb: Verb| {
             let policy_for = &policy_for;
-            move |identity: &Identity, name: &TopicName| {
-                policy_for(identity).decide(verb, name).is_allowed()
+            move |identity: &Identity, name: &TopicName| match policy_for(identity)
+                .decide(verb, name)
+            {
+                Decision::Allowed { .. } => true,
+                Decision::Denied(denial) => {
+                    let explain = &self.explain;
+                    explain.request_refused(identity, verb, name.as_str(), &denial.into());
+                    false
+                }
             }
         };
         ended + self.services.retain(may(Verb::Serve)) + self.models.retain(may(Verb::Work))

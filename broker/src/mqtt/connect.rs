@@ -112,13 +112,14 @@ pub(crate) async fn greet(
             "expected a certificate or user name and password, found an authentication method",
         ));
     }
-    let identity = identify(proof, connect).await?;
+    let identity = identify(fabric, proof, connect).await?;
     let policy = LivePolicy::new(fabric, &identity);
     let will = match connect.will.take() {
         Some(will) => Some(
             check_will(will, &policy.now()).map_err(|refusal| match refusal {
                 WillRefusal::Denied(status) => {
                     fabric.metrics.deny("publish");
+                    fabric.tenant(&identity).refused(&identity, &status);
                     Refusal::answer(Reason::of_refusal(&status), "will", status.message)
                 }
                 WillRefusal::Protocol(error) => Refusal::Protocol(error),
@@ -150,11 +151,16 @@ pub(crate) async fn greet(
     })
 }
 
-async fn identify(proof: &Proof, connect: &Connect) -> Result<Identity, Refusal> {
+async fn identify(
+    fabric: &Fabric,
+    proof: &Proof,
+    connect: &Connect,
+) -> Result<Identity, Refusal> {
     let passwords = match proof {
         Proof::Known(identity) => return Ok(identity.clone()),
         Proof::Certificate { identity, peer } => {
             return peer.check().map(|()| identity.clone()).map_err(|eviction| {
+                fabric.tenant(identity).refused(identity, &eviction.status);
                 Refusal::answer(
                     Reason::NOT_AUTHORIZED,
                     eviction.label,

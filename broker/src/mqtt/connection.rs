@@ -284,6 +284,7 @@ impl Actor {
                 self.fabric
                     .metrics
                     .protocol_error(self.listener, error.what);
+                self.refused(Code::InvalidArgument, &error.to_string());
                 output.disconnect(self.version, error.reason, &error.to_string(), limit);
             }
             End::Kicked(status) => {
@@ -295,6 +296,7 @@ impl Actor {
                     .metrics
                     .protocol_error(self.listener, "keep_alive");
                 let text = "nothing arrived for one and a half times the keep-alive";
+                self.refused(Code::DeadlineExceeded, text);
                 output.disconnect(self.version, Reason::KEEP_ALIVE_TIMEOUT, text, limit);
             }
         }
@@ -536,6 +538,12 @@ impl Actor {
             self.manners.limit,
         );
         Ok(())
+    }
+
+    /// Remembers, for `selvedge explain`, why the connection ends.
+    fn refused(&self, code: Code, why: &str) {
+        let identity = &self.attached.attachment.session.key.identity;
+        self.tenant.refused(identity, &Status::new(code, why));
     }
 
     fn unsubscribe(&mut self, unsubscribe: &Unsubscribe, output: &mut Output) {

@@ -54,6 +54,8 @@ pub(super) async fn run(
         Ok(Err(error)) => {
             tracing::debug!(%identity, %remote, %error, "no greeting");
             if error.is_protocol() {
+                let status = Status::new(Code::InvalidArgument, error.to_string());
+                fabric.tenant(&identity).refused(&identity, &status);
                 fabric.metrics.protocol_error(LISTENER, "hello");
             } else {
                 fabric.metrics.refuse(LISTENER, "closed_before_hello");
@@ -75,6 +77,7 @@ pub(super) async fn run(
         Ok(connect) => connect,
         Err(status) => {
             fabric.metrics.refuse(LISTENER, "hello");
+            fabric.tenant(&identity).refused(&identity, &status);
             let goodbye = goodbye(&status);
             farewell(send, vec![goodbye]).await;
             close(&connection, status.code, &status.message);
@@ -91,12 +94,14 @@ pub(super) async fn run(
     {
         fabric.metrics.deny("publish");
         let status = Status::from(denial);
+        (tenant.explain).refused(&identity, Some(&will.topic), None, &status);
         farewell(send, vec![goodbye(&status)]).await;
         close(&connection, status.code, &status.message);
         return;
     }
     if let Err(Eviction { status, label }) = peer.check() {
         fabric.metrics.refuse(LISTENER, label);
+        tenant.refused(&identity, &status);
         farewell(send, vec![goodbye(&status)]).await;
         close(&connection, status.code, &status.message);
         return;
@@ -192,6 +197,7 @@ pub(super) async fn run(
         End::Violation(status) => {
             tracing::warn!(%identity, %remote, %status, "protocol violation");
             fabric.metrics.protocol_error(LISTENER, "frame");
+            tenant.refused(&identity, &status);
             close(&connection, status.code, &status.message);
         }
         End::Lost => close(&connection, Code::Unavailable, "connection lost"),

@@ -18,6 +18,7 @@ use crate::policy::{Decision, Verb};
 use crate::queue::Overflow;
 use crate::services::Responder;
 use crate::store::from_unix_ms;
+use crate::system;
 use crate::tenant::{RetainDelivery, SubscribeRequest};
 
 /// What follows from a control frame.
@@ -56,11 +57,21 @@ impl Actor {
                     .map(|&id| self.unsubscribe(id))
                     .collect(),
             ),
-            Frame::Serve(serve) => (serve.request_id, vec![self.serve(&serve)]),
+            Frame::Serve(serve) => (
+                serve.request_id,
+                vec![
+                    self.serve(&serve)
+                        .inspect_err(|status| self.refused(Verb::Serve, &serve.service, status)),
+                ],
+            ),
             Frame::Unserve(unserve) => (unserve.request_id, vec![self.unserve(unserve.id)]),
             Frame::Work(work) => {
-                let request_id = work.request_id;
-                (request_id, vec![self.work(work)])
+                let (request_id, model) = (work.request_id, work.model.clone());
+                let outcome = self.work(work);
+                (
+                    request_id,
+                    vec![outcome.inspect_err(|status| self.refused(Verb::Work, &model, status))],
+                )
             }
             Frame::Unwork(unwork) => (unwork.request_id, vec![self.unwork(unwork.id)]),
             Frame::LoadReport(report) => {
@@ -178,6 +189,7 @@ impl Actor {
         let service = TopicName::parse(serve.service.as_str())
             .map_err(|error| invalid(&error.to_string()))?;
         self.may_register(serve.id, Verb::Serve, &service)?;
+        system::check_unreserved(&service)?;
         let responder = Responder::new(
             self.identity.clone(),
             serve.id,
@@ -233,6 +245,12 @@ impl Actor {
         };
         self.tenant.models.remove(&model, &worker, None);
         Ok(())
+    }
+
+    /// Remembers, for `selvedge explain`, a registration that was refused.
+    fn refused(&self, verb: Verb, name: &str, status: &Status) {
+        let explain = &self.tenant.explain;
+        explain.request_refused(&self.identity, verb, name, status);
     }
 
     /// Whether a service or model may be registered under this id.

@@ -207,6 +207,7 @@ impl Ingest {
         let outcome = self
             .publisher
             .check_durability(message.flags.durability())
+            .inspect_err(|status| self.publisher.refused(topic, &incoming, status))
             .and_then(|()| self.publisher.publish(topic, &incoming));
         match outcome {
             Ok(()) => {
@@ -291,6 +292,7 @@ impl Ingest {
                         .await?;
                 }
                 Err(status) => {
+                    self.publisher.not_kept(last - first + 1, status);
                     for number in first..=last {
                         let refused = wire::PublishRefused {
                             lane,
