@@ -1,9 +1,11 @@
 //! What a subscription is owed besides what is published: retained messages, or a part of the history.
 
+#[cfg(test)]
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+#[cfg(test)]
 use selvedge_proto::message::Qos;
 
 use crate::batch::Batch;
@@ -26,16 +28,18 @@ pub struct Chunk {
     pub done: bool,
 }
 
-/// Messages of the history, already found.
+/// Messages that are already found, for the tests of who sends them.
+#[cfg(test)]
 #[derive(Debug)]
-pub struct Replayed {
+pub(crate) struct Replayed {
     batches: VecDeque<Arc<Batch>>,
     max_qos: Qos,
 }
 
+#[cfg(test)]
 impl Replayed {
     /// These messages, at no more than `max_qos`.
-    pub fn new(batches: impl IntoIterator<Item = Arc<Batch>>, max_qos: Qos) -> Self {
+    pub(crate) fn new(batches: impl IntoIterator<Item = Arc<Batch>>, max_qos: Qos) -> Self {
         Self {
             batches: batches.into_iter().collect(),
             max_qos,
@@ -43,6 +47,7 @@ impl Replayed {
     }
 }
 
+#[cfg(test)]
 impl Backlog for Replayed {
     fn next(&mut self, budget: usize) -> Chunk {
         let mut chunk = Chunk::default();

@@ -114,7 +114,7 @@ impl Fabric {
                 self.limits.clone(),
                 Arc::clone(&self.metrics),
                 self.store.clone(),
-                Arc::clone(&self.history),
+                &self.history,
             ))
         }))
     }

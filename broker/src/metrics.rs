@@ -80,6 +80,12 @@ pub struct Metrics {
     pub subscriptions: Gauge,
     /// Messages kept for new subscribers now.
     pub retained: Gauge,
+    /// Messages in the history of topics now.
+    pub history_messages: Gauge,
+    /// Memory of the history of topics now.
+    pub history_bytes: Gauge,
+    /// Messages that the history did not keep, or that a replay did not send, by reason.
+    pub history_left_out: Family<Reason, Counter>,
     /// Messages received from publishers.
     pub messages_in: Counter,
     /// Payload bytes received from publishers, with their frames.
@@ -153,6 +159,15 @@ impl Default for Metrics {
             sessions: register!("sessions", "Sessions kept now"),
             subscriptions: register!("subscriptions", "Subscriptions now"),
             retained: register!("retained_messages", "Retained messages now"),
+            history_messages: register!(
+                "history_messages",
+                "Messages in the history of topics now"
+            ),
+            history_bytes: register!("history_bytes", "Memory of the history of topics now"),
+            history_left_out: register!(
+                "history_left_out",
+                "Messages that the history did not keep or a replay did not send, by reason"
+            ),
             messages_in: register!("messages_in", "Messages received from publishers"),
             bytes_in: register!("bytes_in", "Bytes received from publishers"),
             messages_out: register!("messages_out", "Messages handed to receivers"),

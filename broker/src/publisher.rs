@@ -1,7 +1,7 @@
 //! The way in: from a publisher's message to the queues of everyone who wants it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use selvedge_certs::Identity;
@@ -386,11 +386,12 @@ impl Publisher {
             ));
         }
         let batch = Arc::new(alone(topic, message, facts.expires));
+        let outlives = message.retain || topic.history.is_some();
         if !id.is_empty() && self.tenant.dedup.contains(&self.identity, id, now) {
             self.taken_before(topic, &batch);
             return Ok(());
         }
-        if let Some(status) = failing.filter(|_| message.retain) {
+        if let Some(status) = failing.filter(|_| outlives) {
             return Err(status.clone());
         }
         let on_disk = message.durability == Durability::Disk;
@@ -523,12 +524,23 @@ impl Publisher {
             .inc_by((batch.frames.len() + batch.payload.len()) as u64);
         match topic.history.clone() {
             None => self.deliver(topic, batch, plan),
-            Some(history) => history.publish(batch, || {
-                // A subscription that begins with a replay has either seen this message in the
-                // history, or is in the route by now.
-                self.refresh(topic);
-                self.deliver(topic, batch, plan);
-            }),
+            Some(history) => {
+                let stored = history.publish(batch, SystemTime::now(), || {
+                    // A subscription that begins with a replay has either seen this message in the
+                    // history, or is in the route by now.
+                    self.refresh(topic);
+                    let late = plan
+                        .as_deref()
+                        .map(|plan| unplanned(&topic.route, batch, plan));
+                    self.deliver(topic, batch, plan);
+                    for (receiver, batch) in late.into_iter().flatten() {
+                        let pushed = receiver.queues[batch.class.index()].push(&batch);
+                        note(&mut topic.outcome, &receiver, pushed);
+                    }
+                    topic.route.generation
+                });
+                topic.outcome.stored |= stored && batch.qos != Qos::AtMostOnce;
+            }
         }
     }
 
@@ -594,6 +606,28 @@ impl Publisher {
             }
         }
     }
+}
+
+/// Who has come since the others were asked for room, with the batch as they take it.
+fn unplanned(
+    route: &Route,
+    batch: &Arc<Batch>,
+    plan: &[Planned],
+) -> Vec<(Arc<Subscriber>, Arc<Batch>)> {
+    let class = batch.class.index();
+    let is_planned = |receiver: &Subscriber| {
+        plan.iter()
+            .any(|planned| Arc::ptr_eq(&planned.receiver.queues[class], &receiver.queues[class]))
+    };
+    let late = route
+        .targets
+        .iter()
+        .filter(|target| !is_planned(&target.subscriber));
+    late.map(|target| {
+        let batch = Arc::clone(batch).at_most(target.max_qos);
+        (Arc::clone(&target.subscriber), batch)
+    })
+    .collect()
 }
 
 /// Notes what became of a batch in a receiver's queue.

@@ -14,7 +14,9 @@ use crate::batch::{Batch, Flow};
 use crate::fabric::Fabric;
 use crate::queue::Overflow;
 use crate::session::{Session, SessionKey, SessionOptions};
-use crate::store::{Change, Loaded, Store, StoredMessages, StoredSession, StoredSubscription};
+use crate::store::{
+    Change, HistoryKey, Loaded, Store, StoredMessages, StoredSession, StoredSubscription,
+};
 use crate::tenant::{RetainDelivery, SubscribeRequest, Tenant};
 
 /// Flows of restored messages, by tenant, topic and publisher.
@@ -115,6 +117,8 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
     for (_, session) in sessions.values() {
         session.reclaim();
     }
+    restore_history(fabric, &store, &mut flows, loaded.history, &mut left_out);
+
     let (now, clock) = (crate::clock::now(), SystemTime::now());
     for stored in loaded.message_ids {
         match stored.publisher.parse::<Identity>() {
@@ -138,6 +142,55 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
     for what in left_out {
         fabric.metrics.store_left_out.inc();
         tracing::error!(%what, "left out of the store");
+    }
+}
+
+/// Puts the history of topics back, oldest first. What has expired, or belongs to a topic that keeps no
+/// history any more, is taken out of the store.
+fn restore_history(
+    fabric: &Fabric,
+    store: &Store,
+    flows: &mut Flows,
+    history: Vec<(HistoryKey, SystemTime, StoredMessages)>,
+    left_out: &mut Vec<String>,
+) {
+    // The clock may have been set back between two messages of a topic; their order stays.
+    let mut latest = SystemTime::UNIX_EPOCH;
+    let mut topic: Option<(Arc<str>, Arc<str>)> = None;
+    let mut by_age: Vec<_> = history
+        .into_iter()
+        .map(|(key, published, stored)| {
+            let of = (Arc::clone(&key.tenant), Arc::clone(&key.topic));
+            if topic.as_ref() != Some(&of) {
+                (topic, latest) = (Some(of), SystemTime::UNIX_EPOCH);
+            }
+            latest = latest.max(published);
+            (latest, key, published, stored)
+        })
+        .collect();
+    by_age.sort_by_key(|(latest, ..)| *latest);
+    for (_, key, published, stored) in by_age {
+        let restored = stored
+            .publisher
+            .parse::<Identity>()
+            .map_err(|error| error.to_string())
+            .and_then(|publisher| {
+                let tenant = fabric.tenant(&publisher);
+                if *tenant.name != *key.tenant || *stored.topic != *key.topic {
+                    return Err("it is not its publisher's tenant's".to_owned());
+                }
+                Ok(batch_of(&tenant, flows, stored)?.map(|batch| (tenant, batch)))
+            });
+        let placed = restored.map(|found| {
+            found.is_some_and(|(tenant, batch)| {
+                tenant.history.restore(batch, key.sequence, published)
+            })
+        });
+        match placed {
+            Ok(true) => {}
+            Ok(false) => store.put(Change::RemoveHistory(key)),
+            Err(why) => left_out.push(format!("history of {}: {why}", key.topic)),
+        }
     }
 }
 

@@ -251,7 +251,7 @@ impl Backlog for RetainedBacklog {
 
 /// What every topic that a filter matches begins with: its levels before the first wildcard, without
 /// the separator, since `a/#` matches `a`, too.
-fn prefix_of(filter: &TopicFilter) -> Box<str> {
+pub(crate) fn prefix_of(filter: &TopicFilter) -> Box<str> {
     let mut prefix = String::new();
     for (index, level) in filter.levels().enumerate() {
         let FilterLevel::Literal(literal) = level else {

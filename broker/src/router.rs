@@ -86,11 +86,11 @@ impl Router {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Adds a subscription.
-    pub fn insert(&self, subscriber: Arc<Subscriber>) {
+    /// Adds a subscription. Returns the first generation that has it.
+    pub fn insert(&self, subscriber: Arc<Subscriber>) -> u64 {
         let mut root = self.root.write();
         root.insert(subscriber);
-        self.generation.fetch_add(1, Ordering::Release);
+        self.generation.fetch_add(1, Ordering::Release) + 1
     }
 
     /// Takes a subscription out; `false` when it is not there.
@@ -104,12 +104,12 @@ impl Router {
     }
 
     /// Puts a subscription in the place of another in one step: no message between them is missed
-    /// and none is seen twice.
-    pub fn replace(&self, previous: &Subscriber, subscriber: Arc<Subscriber>) {
+    /// and none is seen twice. Returns the first generation that has the new one.
+    pub fn replace(&self, previous: &Subscriber, subscriber: Arc<Subscriber>) -> u64 {
         let mut root = self.root.write();
         root.take_out(previous);
         root.insert(subscriber);
-        self.generation.fetch_add(1, Ordering::Release);
+        self.generation.fetch_add(1, Ordering::Release) + 1
     }
 
     /// The route of a topic published by the session with the id `publisher`.

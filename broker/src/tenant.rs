@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use selvedge_certs::Identity;
@@ -11,14 +11,14 @@ use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicName};
 
-use crate::backlog::{Backlog, Replayed};
+use crate::backlog::Backlog;
 use crate::batch::{Batch, Flow};
 use crate::clock;
 use crate::config::Limits;
 use crate::dedup::Dedup;
 use crate::explain::Explain;
 use crate::fabric::Fabric;
-use crate::history::{History, HistoryRule, Replay};
+use crate::history::{History, HistoryRule, Replay, ReplayRequest};
 use crate::losses::Losses;
 use crate::metrics::Metrics;
 use crate::models::Models;
@@ -137,7 +137,7 @@ impl Tenant {
         limits: Limits,
         metrics: Arc<Metrics>,
         store: Option<Store>,
-        history: Arc<[HistoryRule]>,
+        history: &[HistoryRule],
     ) -> Self {
         let explain = Arc::<Explain>::default();
         Self {
@@ -146,7 +146,12 @@ impl Tenant {
                 limits.retained_messages,
                 limits.retained_bytes,
             )),
-            history: History::new(history, Arc::clone(&name), store.clone()),
+            history: History::new(
+                history,
+                Arc::clone(&name),
+                store.clone(),
+                Arc::clone(&metrics),
+            ),
             dedup: Dedup::new(
                 Arc::clone(&name),
                 limits.dedup_window,
@@ -313,6 +318,9 @@ impl Tenant {
                 return Err(denial.into());
             }
         };
+        if let Some(status) = self.cannot_replay(&request) {
+            return Err(status);
+        }
         let previous = session.subscription(request.id);
         if previous.is_none()
             && session.subscription_count() >= self.limits.subscriptions_per_session
@@ -329,7 +337,7 @@ impl Tenant {
             session.usage().subscribe()?;
         }
         let shared = request.target.share.is_some();
-        let replay = request.replay.filter(|_| !shared);
+        let replay = request.replay;
         let own_lane = request.own_lane || shared || replay.is_some() || request.datagrams;
         let reuse = previous.as_ref().filter(|previous| {
             previous.own_lane == own_lane && previous.target == request.target && replay.is_none()
@@ -363,15 +371,15 @@ impl Tenant {
             previous.close();
             self.metrics.subscriptions.dec();
         }
-        match session.insert(Arc::clone(&subscriber)) {
+        let since = match session.insert(Arc::clone(&subscriber)) {
             Some(previous) => self.router.replace(&previous, Arc::clone(&subscriber)),
             None => {
-                self.router.insert(Arc::clone(&subscriber));
                 self.metrics.subscriptions.inc();
+                self.router.insert(Arc::clone(&subscriber))
             }
-        }
+        };
         if let Some(replay) = replay {
-            self.deliver_history(&subscriber, &replay);
+            self.deliver_history(&subscriber, &replay, since);
         }
         if let Some(group) = subscriber.group() {
             group.hand_on();
@@ -510,6 +518,7 @@ impl Tenant {
         self.services.forget_lost(now, self.limits.resume_grace);
         self.models.forget_lost(now, self.limits.resume_grace);
         self.dedup.sweep(now);
+        self.history.sweep(SystemTime::now());
         for topic in self.retained.sweep(now) {
             self.metrics.retained.dec();
             self.store_retained(&topic, None);
@@ -559,22 +568,39 @@ impl Tenant {
         }
     }
 
-    /// Owes a subscription a part of the history, and ends the hold of its queues.
-    fn deliver_history(&self, subscriber: &Subscriber, replay: &Replay) {
-        let batches = self
-            .history
-            .replay(&subscriber.target.filter, &subscriber.residual, replay);
-        for (class, queue) in Class::ALL.into_iter().zip(&subscriber.queues) {
-            let mut of_class = batches
-                .iter()
-                .filter(|batch| batch.class == class)
-                .cloned()
-                .peekable();
-            let backlog = of_class
-                .peek()
-                .is_some()
-                .then(|| Box::new(Replayed::new(of_class, subscriber.max_qos)) as Box<dyn Backlog>);
-            queue.owe(backlog);
+    /// Why a subscription cannot begin with the replay that it asks for, if it cannot.
+    fn cannot_replay(&self, request: &SubscribeRequest) -> Option<Status> {
+        request.replay?;
+        let SubscribeTarget { filter, share } = &request.target;
+        if share.is_some() {
+            return Some(Status::new(
+                Code::InvalidArgument,
+                "a share group has no replay: its messages are handed out as they come",
+            ));
+        }
+        if self.history.overlaps(filter) {
+            return None;
+        }
+        Some(Status::new(
+            Code::FailedPrecondition,
+            format!("no topic of {filter} keeps history: the broker's configuration says which do"),
+        ))
+    }
+
+    /// Owes a subscription a part of the history, and ends the hold of its queues. `since` is the
+    /// first generation of the router that has it.
+    fn deliver_history(&self, subscriber: &Subscriber, replay: &Replay, since: u64) {
+        let request = ReplayRequest {
+            filter: &subscriber.target.filter,
+            residual: &subscriber.residual,
+            replay,
+            before: since,
+            except: subscriber.no_local.then_some(subscriber.session_id),
+            max_qos: subscriber.max_qos,
+        };
+        let backlogs = self.history.replay(&request, SystemTime::now());
+        for (queue, backlog) in subscriber.queues.iter().zip(backlogs) {
+            queue.owe(backlog.map(|backlog| Box::new(backlog) as Box<dyn Backlog>));
         }
     }
 
