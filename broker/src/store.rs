@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 mod compact;
 mod disk;
 mod record;
+mod salvage;
 #[cfg(test)]
 mod tests;
 
@@ -226,8 +227,8 @@ struct Pending {
 }
 
 impl Store {
-    /// Opens the store in a folder, which is made if need be, and reads what it keeps. A store
-    /// that cannot be opened at all is set aside, and a new one begun.
+    /// Opens the store in a folder, which is made if need be, and reads what it keeps. Of a
+    /// store that is damaged, what can be read is put in a new one, and the old is kept.
     ///
     /// # Errors
     /// The folder cannot be used.

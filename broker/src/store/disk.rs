@@ -11,7 +11,7 @@ use super::record::{
 };
 use super::{
     Change, Engine, HistoryKey, Loaded, QueueKey, StoreError, StoredMessages, StoredSession,
-    StoredSubscription, unix_ms,
+    StoredSubscription, salvage,
 };
 
 #[cfg(test)]
@@ -27,6 +27,9 @@ const MEMTABLE_BYTES: u64 = 16 << 20;
 
 /// Longest key of the engine, less room for what [`bounded`] puts in place of the rest.
 const KEY_BYTES: usize = 60_000;
+
+/// Bytes of one commit to a new store.
+const FILL_BYTES: usize = 4 << 20;
 
 /// A store in a folder.
 pub struct DiskEngine {
@@ -80,60 +83,80 @@ fn io_error(error: &fjall::Error) -> Option<&std::io::Error> {
 }
 
 /// Whether the files may well be whole, and the system refuses to let them be used.
-fn is_of_the_system(error: &fjall::Error) -> bool {
+pub(super) fn is_of_the_system(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;
-    io_error(error).is_some_and(|io| {
-        matches!(
-            io.kind(),
-            ErrorKind::StorageFull
-                | ErrorKind::QuotaExceeded
-                | ErrorKind::PermissionDenied
-                | ErrorKind::ReadOnlyFilesystem
-                | ErrorKind::OutOfMemory
-        ) || io
-            .raw_os_error()
-            .is_some_and(|code| code == EMFILE || code == ENFILE)
-    })
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull
+            | ErrorKind::QuotaExceeded
+            | ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::OutOfMemory
+    ) || error
+        .raw_os_error()
+        .is_some_and(|code| code == EMFILE || code == ENFILE)
 }
 
 /// Too many files are open, in the process and in the system.
 const EMFILE: i32 = 24;
 const ENFILE: i32 = 23;
 
+/// Keyspaces in the order they are made in.
+const SPACES: [&str; 6] = [
+    "sessions",
+    "subscriptions",
+    "queues",
+    "retained",
+    "message-ids",
+    "history",
+];
+
 impl DiskEngine {
-    /// Opens the store in `folder`. One that cannot be opened at all is renamed and a new one
-    /// begun; the answer says so.
+    /// Opens the store in `folder`. Of one that is damaged, what can be read is put in a new one,
+    /// and the old is kept; the answer says so.
     ///
     /// # Errors
     /// The folder cannot be made, is another broker's, or a new store cannot be begun in it.
     pub fn open(folder: &Path) -> Result<(Self, Vec<String>), StoreError> {
-        make_private(folder)
-            .map_err(|error| failed(format!("cannot make {}: {error}", folder.display())))?;
-        let why = match guarded(|| Ok(Tables::open(folder))) {
-            Ok(Ok(tables)) => return Ok((Self::new(folder, tables), Vec::new())),
-            Ok(Err(fjall::Error::Locked)) => {
-                return Err(failed(format!(
-                    "{} is in use by another broker: stop it or give this one another folder",
-                    folder.display()
-                )));
+        let cannot = |what: &str, error: &dyn std::fmt::Display| {
+            failed(format!("cannot {what} {}: {error}", folder.display()))
+        };
+        make_private(folder).map_err(|error| cannot("make", &error))?;
+        let lock = match salvage::lock(folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                return Err(in_use(folder));
             }
-            Ok(Err(error)) if is_of_the_system(&error) => {
-                return Err(failed(format!(
-                    "cannot use {}: {}",
-                    folder.display(),
-                    explain(&error)
-                )));
+            locked => locked.map_err(|error| cannot("lock", &error))?,
+        };
+        salvage::resume(folder).map_err(|error| cannot("use", &error))?;
+        let mut findings = salvage::inspect(folder).map_err(|error| cannot("read", &error))?;
+        let mut left_out = Vec::new();
+        if let Some(torn) = &findings.torn {
+            tracing::warn!(
+                %torn,
+                "the broker was stopped during a commit; nothing in it was acknowledged"
+            );
+        }
+        if !findings.damage.is_empty() {
+            left_out = salvage_into_new(folder, &mut findings, None)?;
+        }
+        salvage::begin(folder).map_err(|error| cannot("use", &error))?;
+        // The engine takes it now.
+        drop(lock);
+        let why = match guarded(|| Ok(Tables::open(folder))) {
+            Ok(Ok(tables)) => return Ok((Self::new(folder, tables), left_out)),
+            Ok(Err(fjall::Error::Locked)) => return Err(in_use(folder)),
+            Ok(Err(error)) if io_error(&error).is_some_and(is_of_the_system) => {
+                return Err(cannot("use", &explain(&error)));
             }
             Ok(Err(error)) => explain(&error),
             Err(panicked) => panicked.to_string(),
         };
-        let aside = set_aside(folder).map_err(failed)?;
-        let report = format!(
-            "the store could not be opened ({why}) and was set aside as {}",
-            aside.display()
-        );
+        let lock = salvage::lock(folder).map_err(|error| cannot("lock", &error))?;
+        left_out.append(&mut salvage_into_new(folder, &mut findings, Some(&why))?);
+        drop(lock);
         let tables = Tables::open(folder).map_err(|error| failed(explain(&error)))?;
-        Ok((Self::new(folder, tables), vec![report]))
+        Ok((Self::new(folder, tables), left_out))
     }
 
     fn new(folder: &Path, tables: Tables) -> Self {
@@ -149,6 +172,65 @@ impl DiskEngine {
     }
 }
 
+fn in_use(folder: &Path) -> StoreError {
+    failed(format!(
+        "{} is in use by another broker: stop it or give this one another folder",
+        folder.display()
+    ))
+}
+
+/// Puts what can be read of a damaged store in a new one. The answer says what was found, and where
+/// the damaged files are.
+fn salvage_into_new(
+    folder: &Path,
+    findings: &mut salvage::Findings,
+    refused: Option<&str>,
+) -> Result<Vec<String>, StoreError> {
+    let cannot = |error: &dyn std::fmt::Display| {
+        failed(format!(
+            "{} is damaged, and what can be read of it could not be saved: {error}",
+            folder.display()
+        ))
+    };
+    let records = salvage::read(folder, &SPACES, findings).map_err(|error| cannot(&error))?;
+    let mut left_out = std::mem::take(&mut findings.damage);
+    if let Some(why) = refused {
+        left_out.push(format!("the engine could not open the store: {why}"));
+    }
+    let count: usize = records.values().map(std::collections::BTreeMap::len).sum();
+    let place = salvage::new_store(folder).map_err(|error| cannot(&error))?;
+    make_private(&place).map_err(|error| cannot(&error))?;
+    guarded(|| {
+        let tables = Tables::open(&place).map_err(|error| cannot(&explain(&error)))?;
+        tables
+            .fill(&records)
+            .map_err(|error| cannot(&explain(&error)))
+    })?;
+    let aside = salvage::replace(folder).map_err(|error| cannot(&error))?;
+    left_out.push(format!(
+        "the store was damaged: {count} records were carried over, and the damaged files are kept \
+         in {}",
+        aside.display()
+    ));
+    Ok(left_out)
+}
+
+/// Notes how the store is left, so that a journal cut short can be told from one that is whole.
+impl Drop for DiskEngine {
+    fn drop(&mut self) {
+        let Some(tables) = self.tables.take() else {
+            return;
+        };
+        let ended = guarded(|| {
+            drop(tables);
+            salvage::end(&self.folder).map_err(failed)
+        });
+        if let Err(error) = ended {
+            tracing::warn!(%error, "how the store was left could not be noted");
+        }
+    }
+}
+
 impl Tables {
     fn open(folder: &Path) -> fjall::Result<Self> {
         let database = Database::builder(folder)
@@ -159,13 +241,21 @@ impl Tables {
                 KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES)
             })
         };
+        let [
+            sessions,
+            subscriptions,
+            queues,
+            retained,
+            message_ids,
+            history,
+        ] = SPACES.map(keyspace);
         Ok(Self {
-            sessions: keyspace("sessions")?,
-            subscriptions: keyspace("subscriptions")?,
-            queues: keyspace("queues")?,
-            retained: keyspace("retained")?,
-            message_ids: keyspace("message-ids")?,
-            history: keyspace("history")?,
+            sessions: sessions?,
+            subscriptions: subscriptions?,
+            queues: queues?,
+            retained: retained?,
+            message_ids: message_ids?,
+            history: history?,
             database,
         })
     }
@@ -245,6 +335,35 @@ impl Tables {
             }
         }
         batch.commit()
+    }
+
+    /// Puts what was salvaged in a new store.
+    fn fill(&self, records: &salvage::Records) -> fjall::Result<()> {
+        let spaces = [
+            &self.sessions,
+            &self.subscriptions,
+            &self.queues,
+            &self.retained,
+            &self.message_ids,
+            &self.history,
+        ];
+        for (name, space) in SPACES.iter().zip(spaces) {
+            let Some(records) = records.get(*name) else {
+                continue;
+            };
+            let mut batch = self.database.batch();
+            let mut bytes = 0;
+            for (key, value) in records {
+                bytes += key.len() + value.len();
+                batch.insert(space, key.as_slice(), value.as_slice());
+                if bytes >= FILL_BYTES {
+                    std::mem::replace(&mut batch, self.database.batch()).commit()?;
+                    bytes = 0;
+                }
+            }
+            batch.commit()?;
+        }
+        self.database.persist(PersistMode::SyncAll)
     }
 
     /// Removes message ids.
@@ -416,18 +535,6 @@ fn scan(
 fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(failed("the engine panicked")))
-}
-
-fn set_aside(folder: &Path) -> std::io::Result<PathBuf> {
-    let name = folder
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    let aside = folder.with_file_name(format!("{name}.damaged-{}", unix_ms(SystemTime::now())));
-    std::fs::rename(folder, &aside)?;
-    make_private(folder)?;
-    Ok(aside)
 }
 
 /// Makes the folder, for nobody else to read: it holds messages.

@@ -8,9 +8,11 @@ use selvedge_proto::lane::{self, Flags};
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::topic::TopicName;
 
-use super::super::{StoredMessageId, from_unix_ms};
+use super::super::{StoredMessageId, from_unix_ms, unix_ms};
 use super::*;
 use crate::batch::{Batch, Flow};
+
+mod damage;
 
 const SESSION: u64 = 7;
 
@@ -217,12 +219,9 @@ fn history_is_there_after_reopening_in_order() {
     assert_eq!(loaded.retained[0].1.topic, long);
 }
 
-#[test]
-fn subscriptions_are_there_after_reopening_and_old_ones_are_read() {
-    let folder = tempfile::tempdir().unwrap();
-    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
-    let subscription = StoredSubscription {
-        id: 3,
+fn subscription(id: u32) -> StoredSubscription {
+    StoredSubscription {
+        id,
         target: "line/#".into(),
         max_qos: 1,
         no_local: false,
@@ -232,7 +231,14 @@ fn subscriptions_are_there_after_reopening_and_old_ones_are_read() {
         overflow: "default".into(),
         owed: true,
         datagrams: true,
-    };
+    }
+}
+
+#[test]
+fn subscriptions_are_there_after_reopening_and_old_ones_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut engine, _) = DiskEngine::open(folder.path()).unwrap();
+    let subscription = subscription(3);
     let put = Change::PutSubscription(SESSION, subscription.clone());
     engine
         .commit(&[Change::PutSession(session()), put])
