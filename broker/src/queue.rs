@@ -770,7 +770,7 @@ pub enum Vacancy {
 pub struct Taken {
     /// Entries to send, in order.
     pub entries: Vec<Entry>,
-    /// The receiver is owed more, for which [`crate::pacer::Pacer::turn`] gives leave.
+    /// The receiver is owed more, for which [`crate::pacer::Turn::granted`] gives leave.
     pub owes: bool,
     /// Another connection holds the session: its lanes are the ones to write.
     pub stale: bool,

@@ -337,6 +337,7 @@ impl Actor {
         let mut chunk = READ.0;
         // TLS may hold back what it has taken until it is flushed.
         let mut unflushed = false;
+        let mut turn = self.fabric.pacer.turn();
 
         // CONNECT may have come with more behind it.
         if let Err(end) = self.process(reader, buffer, output) {
@@ -397,7 +398,7 @@ impl Actor {
                     }
                 }
                 () = tokio::task::yield_now(), if may_fill => {}
-                bytes = self.fabric.pacer.turn(), if self.delivery.owes() => {
+                bytes = turn.granted(), if self.delivery.owes() => {
                     self.delivery.grant(bytes);
                 }
                 () = session.outbox.ready() => {}

@@ -84,6 +84,7 @@ impl Delivery {
         };
         // Bytes of backlog that may be sent with the next take.
         let mut granted = 0;
+        let mut turn = self.fabric.pacer.turn();
         loop {
             if !self.queue.has_window(self.fabric.limits.inflight_bytes) {
                 self.queue.woken().await;
@@ -115,7 +116,7 @@ impl Delivery {
                 tokio::select! {
                     biased;
                     () = self.queue.woken() => {}
-                    bytes = self.fabric.pacer.turn() => granted = bytes,
+                    bytes = turn.granted() => granted = bytes,
                 }
             } else {
                 self.queue.woken().await;
