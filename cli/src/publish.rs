@@ -17,9 +17,11 @@ use crate::{connect, payload};
 Example:
   selvedge pub sites/plant-1/press-7/temperature 21.5
   selvedge pub --qos 1 --retain sites/plant-1/press-7/state running
+  selvedge pub --qos 1 --message-id order-4711 orders/new 'part 12'
   tail -f readings.log | selvedge pub sites/plant-1/press-7/readings --lines
 
-The exit code is 1 when the broker refuses a message, with either quality of service.")]
+The exit code is 1 when the broker refuses a message, with either quality of service;
+of datagrams that it refuses, it says so too late.")]
 pub(crate) struct Args {
     /// Topic to publish to.
     topic: TopicName,
@@ -40,6 +42,12 @@ pub(crate) struct Args {
     /// How safe the broker must have a message of QoS 1 before it says so.
     #[arg(long, default_value = "default")]
     durability: DurabilityName,
+    /// Name the message, so that the broker takes it once, however often it is published.
+    #[arg(long, value_name = "ID", conflicts_with = "lines")]
+    message_id: Option<String>,
+    /// Send in datagrams what is worthless when late: lost means lost.
+    #[arg(long, conflicts_with = "retain")]
+    datagram: bool,
     /// Publish the message this many times.
     #[arg(long, value_name = "N", default_value_t = 1)]
     count: u64,
@@ -85,6 +93,9 @@ struct Tally {
 pub(crate) async fn run(mut args: Args) -> anyhow::Result<ExitCode> {
     if !args.lines && !args.payload.is_given() {
         bail!("expected a payload, --file, --stdin or --lines, found none; '' is an empty payload");
+    }
+    if args.datagram && args.qos > 0 {
+        bail!("expected QoS 0 with --datagram, found --qos 1: a datagram is not acknowledged");
     }
     let client = args.connection.connect().await?;
     let published = publish(&client, &mut args).await;
@@ -152,6 +163,8 @@ async fn one(
     };
     let message = Publish::new(&args.topic, payload)
         .qos(qos)
+        .datagram(args.datagram)
+        .message_id(args.message_id.clone().unwrap_or_default())
         .retain(args.retain)
         .class(match args.class {
             ClassName::Alarm => Class::Alarm,

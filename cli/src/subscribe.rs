@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use selvedge_client::{
-    Client, Message, Qos, Status, SubscribeError, SubscribeOptions, SubscribeTarget, Subscription,
+    Client, Message, Overflow, Qos, Status, SubscribeError, SubscribeOptions, SubscribeTarget,
+    Subscription,
 };
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
@@ -39,6 +40,12 @@ pub(crate) struct Args {
     /// Highest quality of service to receive with.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
     qos: u8,
+    /// What the broker does when this subscriber is too slow.
+    #[arg(long, value_name = "POLICY", default_value = "default")]
+    overflow: OverflowName,
+    /// Receive QoS 0 messages in datagrams, for what is worthless when late: lost means lost.
+    #[arg(long)]
+    datagrams: bool,
     /// Write one JSON object for each message.
     #[arg(long)]
     pub(crate) json: bool,
@@ -50,6 +57,20 @@ pub(crate) struct Args {
     verbose: bool,
     #[command(flatten)]
     connection: connect::Args,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum OverflowName {
+    /// Drop the oldest of QoS 0, the newest of QoS 1.
+    Default,
+    /// Drop the oldest QoS 0 messages.
+    DropOldest,
+    /// Drop the message that does not fit.
+    DropNewest,
+    /// Refuse the publisher, which may try again; nobody gets the message then.
+    Refuse,
+    /// Disconnect the subscriber.
+    Disconnect,
 }
 
 /// A message, or why a subscription ended.
@@ -81,6 +102,14 @@ async fn print(client: &Client, args: &Args, signals: &mut Signals) -> anyhow::R
             } else {
                 Qos::AtLeastOnce
             },
+            overflow: match args.overflow {
+                OverflowName::Default => Overflow::Default,
+                OverflowName::DropOldest => Overflow::DropOldest,
+                OverflowName::DropNewest => Overflow::DropNewest,
+                OverflowName::Refuse => Overflow::Refuse,
+                OverflowName::Disconnect => Overflow::Disconnect,
+            },
+            datagrams: args.datagrams,
             ..SubscribeOptions::default()
         };
         let subscription = client
@@ -166,6 +195,10 @@ fn json(message: &Message) -> Value {
     object.insert("retain".into(), message.retain.into());
     object.insert("duplicate".into(), message.duplicate.into());
     let properties = message.properties();
+    if !properties.message_id.is_empty() {
+        let id = String::from_utf8_lossy(&properties.message_id);
+        object.insert("message_id".into(), id.into());
+    }
     if !properties.content_type.is_empty() {
         object.insert(
             "content_type".into(),

@@ -80,6 +80,57 @@ fn sighup_puts_an_edited_policy_in_force_and_a_broken_one_not() {
 }
 
 #[test]
+fn a_message_id_counts_once_and_telemetry_goes_in_datagrams() {
+    let folder = tempfile::tempdir().unwrap();
+    let dev = Dev::start(folder.path(), &["--no-workers"]);
+    let sub = dev.start_command(&[
+        "sub",
+        "line/#",
+        "--count",
+        "3",
+        "--json",
+        "--datagrams",
+        "--overflow",
+        "refuse",
+    ]);
+    sub.wait_for_note("subscribed to line/#");
+    dev.run(&["pub", "line/a", "21.5", "--datagram"]).ok();
+    let named = |id: &str| {
+        let arguments = ["pub", "line/b", "x", "--qos", "1", "--message-id", id];
+        dev.run(&arguments).ok()
+    };
+    for id in ["order-1", "order-1", "order-2"] {
+        let said = named(id);
+        assert!(said.contains("acknowledged"), "{said}");
+    }
+    let (status, rest) = sub.wait();
+    assert!(status.success());
+    let seen: Vec<serde_json::Value> = rest
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let ids: Vec<_> = seen.iter().map(|message| &message["message_id"]).collect();
+    assert_eq!(
+        ids,
+        [
+            &serde_json::Value::Null,
+            &"order-1".into(),
+            &"order-2".into()
+        ]
+    );
+    assert_eq!(
+        (&seen[0]["topic"], &seen[0]["payload"]),
+        (&"line/a".into(), &"21.5".into())
+    );
+
+    let both = dev
+        .run(&["pub", "line/a", "x", "--datagram", "--qos", "1"])
+        .failed();
+    assert!(both.contains("a datagram is not acknowledged"), "{both}");
+    dev.process.stop();
+}
+
+#[test]
 fn messages_go_from_pub_to_sub() {
     let folder = tempfile::tempdir().unwrap();
     let dev = Dev::start(folder.path(), &["--no-workers"]);
