@@ -6,6 +6,7 @@
 mod admin;
 mod bridge;
 mod calls;
+mod datagrams;
 mod durability;
 mod hostile;
 mod identity;
@@ -13,6 +14,7 @@ mod inference;
 mod mqtt;
 mod overload;
 mod policy;
+mod priorities;
 mod pubsub;
 mod reload;
 mod resilience;

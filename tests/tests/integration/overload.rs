@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use selvedge_client::{Client, ConnectError, Publish, Qos, SubscribeOptions};
+use bytes::Bytes;
+use selvedge_broker::StoreConfig;
+use selvedge_broker::config::DurabilityRules;
+use selvedge_client::{
+    Client, Code, ConnectError, Durability, FlushError, Overflow, Publish, PublishError, Qos,
+    Status, SubscribeOptions, Subscription,
+};
 use selvedge_proto::wire;
 use selvedge_proto::wire::control::Frame;
 use selvedge_tests::wait::{eventually, within};
@@ -124,4 +130,150 @@ async fn a_broker_that_is_full_says_so_and_takes_clients_again_when_there_is_roo
         Client::connect(hurry()).await.ok()
     })
     .await;
+}
+
+/// Refuses publishers while it is full, and holds little in this process.
+fn refusing() -> SubscribeOptions {
+    SubscribeOptions {
+        overflow: Overflow::Refuse,
+        queue: 1,
+        ..SubscribeOptions::default()
+    }
+}
+
+/// Payloads of this size fill a queue soon.
+const BLOCK: usize = 64 << 10;
+
+/// A block that begins with its number.
+fn block(number: u32) -> Bytes {
+    let mut block = vec![0; BLOCK];
+    block[..4].copy_from_slice(&number.to_be_bytes());
+    block.into()
+}
+
+fn number_of(payload: &[u8]) -> u32 {
+    u32::from_be_bytes(payload[..4].try_into().unwrap())
+}
+
+/// Publishes numbered blocks with QoS 1 until one is refused; their count and the refusal.
+async fn fill(client: &Client, topic: &str) -> (u32, Status) {
+    let mut number = 0;
+    loop {
+        let message = Publish::new(topic, block(number)).qos(Qos::AtLeastOnce);
+        match within("an answer", client.publish_message(message)).await {
+            Ok(_) => number += 1,
+            Err(PublishError::Refused(status)) => return (number, status),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn take_blocks(subscription: &mut Subscription, numbers: std::ops::Range<u32>) {
+    for number in numbers {
+        assert_eq!(number_of(&next(subscription).await.payload), number);
+    }
+}
+
+#[tokio::test]
+async fn a_subscriber_that_refuses_when_full_makes_publishers_wait_and_loses_nothing() {
+    let broker = TestBroker::with(broker::OPEN, |config, _| {
+        config.limits.queue_bytes = QUEUE_BYTES;
+        config.limits.inflight_bytes = QUEUE_BYTES;
+    })
+    .await;
+    let press = broker.client("press-7").await;
+    let slow = broker.client("archive").await;
+    let witness = broker.client("panel-1").await;
+    let mut archive = slow.subscribe_with("line", refusing()).await.unwrap();
+    let mut seen = witness.subscribe("line").await.unwrap();
+
+    let (accepted, status) = fill(&press, "line").await;
+    assert!(accepted > 0);
+    assert_eq!(status.code, Code::ResourceExhausted);
+    assert!(status.retry_after.is_some(), "{status:?}");
+    // Of QoS 0 a flush and the next publish to the topic say so.
+    press.publish("line", block(u32::MAX)).await.unwrap();
+    let Err(FlushError::Refused(status)) = within("a flush", press.flush()).await else {
+        panic!("expected a refusal");
+    };
+    assert_eq!(status.code, Code::ResourceExhausted);
+    let again = press.publish("line", block(u32::MAX)).await;
+    assert!(matches!(again, Err(PublishError::Refused(_))), "{again:?}");
+
+    // Nobody else gets what one receiver has no room for.
+    take_blocks(&mut seen, 0..accepted).await;
+    take_blocks(&mut archive, 0..accepted).await;
+    // The acknowledgement of what was read makes room.
+    eventually("room again", || async {
+        let message = Publish::new("line", block(accepted)).qos(Qos::AtLeastOnce);
+        press.publish_message(message).await.ok()
+    })
+    .await;
+    take_blocks(&mut seen, accepted..accepted + 1).await;
+    take_blocks(&mut archive, accepted..accepted + 1).await;
+    assert_eq!(
+        broker.metric("selvedge_dropped_messages_total", &[]).await,
+        0
+    );
+}
+
+#[tokio::test]
+async fn a_full_queue_on_disk_lowers_what_is_acknowledged_and_refuses_who_demands_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = TestBroker::with(broker::OPEN, |config, _| {
+        config.limits.queue_bytes = QUEUE_BYTES;
+        config.store = Some(StoreConfig {
+            folder: folder.path().to_owned(),
+            durability: DurabilityRules::all(true),
+        });
+    })
+    .await;
+    let kept = || {
+        let options = broker.options(broker.device("archive"));
+        let hour = Duration::from_secs(3600);
+        broker.connect(options.session("kept").session_expiry(hour))
+    };
+    let archive = kept().await;
+    let subscription = archive.subscribe("line").await.unwrap();
+    archive.close().await;
+    drop(subscription);
+
+    let press = broker.client("press-7").await;
+    let mut on_disk = 0;
+    let reached = loop {
+        let message = Publish::new("line", block(on_disk)).qos(Qos::AtLeastOnce);
+        let ack = within("an acknowledgement", press.publish_message(message)).await;
+        match ack.unwrap().durability {
+            Some(Durability::Disk) => on_disk += 1,
+            other => break other,
+        }
+        assert!(on_disk < 100, "the queue has a bound");
+    };
+    assert_eq!(
+        reached,
+        Some(Durability::Memory),
+        "the receiver did not get it"
+    );
+    let demanding = Publish::new("line", block(u32::MAX))
+        .qos(Qos::AtLeastOnce)
+        .durability(Durability::Disk);
+    let refused = within("an answer", press.publish_message(demanding.clone())).await;
+    let Err(PublishError::Refused(status)) = refused else {
+        panic!("expected a refusal, found {refused:?}");
+    };
+    assert_eq!(
+        status.to_string(),
+        "RESOURCE_EXHAUSTED: the queue of a receiver is full: try again when it has caught up"
+    );
+    assert!(status.retry_after.is_some());
+
+    let archive = kept().await;
+    let mut line = archive.subscribe("line").await.unwrap();
+    take_blocks(&mut line, 0..on_disk).await;
+    let ack = eventually("room again", || async {
+        press.publish_message(demanding.clone()).await.ok()
+    })
+    .await;
+    assert_eq!(ack.durability, Some(Durability::Disk));
+    assert_eq!(number_of(&next(&mut line).await.payload), u32::MAX);
 }

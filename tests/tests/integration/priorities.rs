@@ -1,0 +1,1 @@
+//! What is urgent does not wait for what is not.
