@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use selvedge_certs::{Credentials, Identity, TrustAnchors};
 use selvedge_proto::topic::{TopicFilter, TopicName};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::history::HistoryRule;
 use crate::mqtt::password::Passwords;
-use crate::policy::Policy;
+use crate::policy::{IdentityPattern, Policy};
+use crate::quota::rate;
 
 /// A checked configuration: what [`crate::Server::bind`] needs, with every file read.
 #[derive(Debug, Clone)]
@@ -138,6 +139,56 @@ pub struct Limits {
     pub waiting_per_model: usize,
     /// Largest request that can be escalated, in bytes. Default 1 MiB.
     pub cascade_bytes: usize,
+    /// Of each tenant, all its identities together.
+    pub tenant: TenantLimits,
+    /// Of each identity, all its sessions together.
+    pub identity: IdentityLimits,
+    /// What some identities may use instead; of several that name one, the first decides.
+    #[serde(rename = "override")]
+    pub overrides: Vec<LimitOverride>,
+}
+
+/// What the identities of one tenant may use together. What is left out is not limited.
+#[derive(Debug, Clone, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct TenantLimits {
+    /// Connections at once.
+    pub connections: Option<usize>,
+    /// Subscriptions of all sessions, connected or kept.
+    pub subscriptions: Option<usize>,
+    /// Bytes in all queues of its sessions, connected or kept.
+    pub queue_bytes: Option<usize>,
+    /// Messages published in a second; after a pause, so many at once.
+    pub publish_rate: Option<usize>,
+}
+
+/// What one identity may use, all its sessions together. What is left out is not limited but by what
+/// holds for everyone.
+#[derive(Debug, Clone, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct IdentityLimits {
+    /// Connections at once. One that takes over a session has the place of the one before.
+    pub connections: Option<usize>,
+    /// Subscriptions of all sessions, connected or kept.
+    pub subscriptions: Option<usize>,
+    /// Largest message, and largest MQTT packet, in bytes; at most [`Limits::max_frame_bytes`].
+    pub message_bytes: Option<usize>,
+    /// Messages published in a second; after a pause, so many at once.
+    pub publish_rate: Option<usize>,
+    /// Bytes in all queues of its sessions, connected or kept.
+    pub queue_bytes: Option<usize>,
+    /// QoS 1 bytes sent on one lane and not yet acknowledged; at most [`Limits::inflight_bytes`].
+    pub inflight_bytes: Option<usize>,
+}
+
+/// What some identities may use instead of what [`Limits::identity`] says.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(from = "OverrideTable")]
+pub struct LimitOverride {
+    /// Whom it names.
+    pub identities: Vec<IdentityPattern>,
+    /// What is set here holds instead.
+    pub limits: IdentityLimits,
 }
 
 impl Default for Limits {
@@ -163,6 +214,9 @@ impl Default for Limits {
             default_deadline: Duration::from_secs(30),
             waiting_per_model: 1_024,
             cascade_bytes: 1 << 20,
+            tenant: TenantLimits::default(),
+            identity: IdentityLimits::default(),
+            overrides: Vec::new(),
         }
     }
 }
@@ -361,7 +415,33 @@ impl Config {
     }
 }
 
+impl IdentityLimits {
+    /// These, and those of `other` where nothing is set here.
+    fn or(&self, other: &Self) -> Self {
+        Self {
+            connections: self.connections.or(other.connections),
+            subscriptions: self.subscriptions.or(other.subscriptions),
+            message_bytes: self.message_bytes.or(other.message_bytes),
+            publish_rate: self.publish_rate.or(other.publish_rate),
+            queue_bytes: self.queue_bytes.or(other.queue_bytes),
+            inflight_bytes: self.inflight_bytes.or(other.inflight_bytes),
+        }
+    }
+}
+
 impl Limits {
+    /// What one identity may use.
+    pub fn of_identity(&self, identity: &Identity) -> IdentityLimits {
+        let named = |special: &&LimitOverride| {
+            let mut patterns = special.identities.iter();
+            patterns.any(|pattern| pattern.matches(identity))
+        };
+        match self.overrides.iter().find(named) {
+            Some(special) => special.limits.or(&self.identity),
+            None => self.identity.clone(),
+        }
+    }
+
     fn check(&self, problems: &mut Vec<ConfigProblem>) {
         let mut bound = |key: &str, value: usize, least: usize, most: usize| {
             if !(least..=most).contains(&value) {
@@ -406,6 +486,41 @@ impl Limits {
         bound("inflight_bytes", self.inflight_bytes, 1024, usize::MAX);
         bound("cascade_bytes", self.cascade_bytes, 0, 1 << 30);
         bound("dedup_ids", self.dedup_ids, 1, 100_000_000);
+        let mut optional = |table: &str, key: &str, value: Option<usize>, least, most| {
+            if let Some(value) = value {
+                bound(&format!("{table}.{key}"), value, least, most);
+            }
+        };
+        let frame = selvedge_proto::MIN_MAX_FRAME;
+        let TenantLimits {
+            connections,
+            subscriptions,
+            queue_bytes,
+            publish_rate,
+        } = self.tenant;
+        optional("tenant", "connections", connections, 1, usize::MAX);
+        optional("tenant", "subscriptions", subscriptions, 1, usize::MAX);
+        optional("tenant", "queue_bytes", queue_bytes, frame, usize::MAX);
+        optional("tenant", "publish_rate", publish_rate, 1, rate::FASTEST);
+        let numbered = self.overrides.iter().enumerate();
+        let special = numbered.map(|(at, special)| (format!("override[{at}]"), &special.limits));
+        let everyone = std::iter::once(("identity".to_owned(), &self.identity));
+        for (table, limits) in everyone.chain(special) {
+            let table = table.as_str();
+            let (message, inflight) = (self.max_frame_bytes, self.inflight_bytes);
+            optional(table, "connections", limits.connections, 1, usize::MAX);
+            optional(table, "subscriptions", limits.subscriptions, 1, usize::MAX);
+            optional(table, "message_bytes", limits.message_bytes, frame, message);
+            optional(table, "publish_rate", limits.publish_rate, 1, rate::FASTEST);
+            optional(table, "queue_bytes", limits.queue_bytes, frame, usize::MAX);
+            optional(
+                table,
+                "inflight_bytes",
+                limits.inflight_bytes,
+                1024,
+                inflight,
+            );
+        }
         let mut span = |key: &str, value: Duration, least: Duration, most: Duration| {
             let ms =
                 |duration: Duration| usize::try_from(duration.as_millis()).unwrap_or(usize::MAX);
@@ -434,6 +549,14 @@ impl Limits {
             Duration::ZERO,
             hour * 24 * 365 * 100,
         );
+        for (at, special) in self.overrides.iter().enumerate() {
+            if special.identities.is_empty() {
+                problems.push(ConfigProblem::new(
+                    format!("limits.override[{at}].identities"),
+                    "names nobody: expected patterns of identities",
+                ));
+            }
+        }
     }
 }
 
@@ -543,6 +666,53 @@ struct File {
     history: Vec<HistoryTable>,
     #[serde(default)]
     limits: Limits,
+}
+
+/// [`LimitOverride`] as it is written: the limits beside the patterns.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OverrideTable {
+    #[serde(deserialize_with = "patterns")]
+    identities: Vec<IdentityPattern>,
+    connections: Option<usize>,
+    subscriptions: Option<usize>,
+    message_bytes: Option<usize>,
+    publish_rate: Option<usize>,
+    queue_bytes: Option<usize>,
+    inflight_bytes: Option<usize>,
+}
+
+impl From<OverrideTable> for LimitOverride {
+    fn from(table: OverrideTable) -> Self {
+        Self {
+            identities: table.identities,
+            limits: IdentityLimits {
+                connections: table.connections,
+                subscriptions: table.subscriptions,
+                message_bytes: table.message_bytes,
+                publish_rate: table.publish_rate,
+                queue_bytes: table.queue_bytes,
+                inflight_bytes: table.inflight_bytes,
+            },
+        }
+    }
+}
+
+/// Patterns of identities, or everything that is wrong with them.
+fn patterns<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IdentityPattern>, D::Error> {
+    let mut wrong = Vec::new();
+    let mut parsed = Vec::new();
+    for text in Vec::<String>::deserialize(deserializer)? {
+        match IdentityPattern::parse(&text) {
+            Ok(pattern) => parsed.push(pattern),
+            Err(error) => wrong.push(format!("{text:?}: {error}")),
+        }
+    }
+    if wrong.is_empty() {
+        Ok(parsed)
+    } else {
+        Err(D::Error::custom(wrong.join("; ")))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -676,6 +846,15 @@ mod tests {
             [limits]
             queue_bytes = 1
             resume_grace = "99999999999d"
+            [limits.tenant]
+            connections = 0
+            publish_rate = 20000000
+            [limits.identity]
+            message_bytes = 1024
+            inflight_bytes = 4194305
+            [[limits.override]]
+            identities = []
+            queue_bytes = 65535
         "#;
         let folder = tempfile::tempdir().unwrap();
         let errors = Config::parse(text, folder.path()).unwrap_err();
@@ -693,6 +872,12 @@ mod tests {
             "mqtt.danger_plaintext_identity",
             "limits.queue_bytes",
             "limits.resume_grace (in ms)",
+            "limits.tenant.connections",
+            "limits.tenant.publish_rate",
+            "limits.identity.message_bytes",
+            "limits.identity.inflight_bytes",
+            "limits.override[0].identities",
+            "limits.override[0].queue_bytes",
         ] {
             assert!(keys.contains(&key), "{key} is missing from {keys:?}");
         }
@@ -707,6 +892,48 @@ mod tests {
             errors.to_string().contains("unknown field `polcy`"),
             "{errors}"
         );
+    }
+
+    #[test]
+    fn limits_of_tenants_and_identities_are_read_and_their_patterns_checked() {
+        let text = r#"
+            [tenant]
+            queue_bytes = 1073741824
+            [identity]
+            connections = 4
+            [[override]]
+            identities = ["spiffe://*/acme/line-1/*", "acme/*/gateway-*"]
+            publish_rate = 100
+        "#;
+        let limits: Limits = toml::from_str(text).unwrap();
+        assert_eq!(limits.tenant.queue_bytes, Some(1 << 30));
+        let mut problems = Vec::new();
+        limits.check(&mut problems);
+        assert_eq!(problems, []);
+        let gateway = Identity::new("example.org", "acme", "line-2", "gateway-1").unwrap();
+        let expected = IdentityLimits {
+            connections: Some(4),
+            publish_rate: Some(100),
+            ..IdentityLimits::default()
+        };
+        assert_eq!(limits.of_identity(&gateway), expected);
+
+        let refused = |text: &str| toml::from_str::<Limits>(text).unwrap_err().to_string();
+        let both = refused("[[override]]\nidentities = ['acme/*', '**/a/b']");
+        for found in [
+            r#""acme/*": expected tenant/site/name"#,
+            r#""**/a/b": expected `*` in the tenant"#,
+        ] {
+            assert!(both.contains(found), "{both}");
+        }
+        for (text, key) in [
+            ("[tenant]\nmessage_bytes = 70000", "message_bytes"),
+            ("[identity]\nconections = 1", "conections"),
+            ("[[override]]\nidentities = ['a/b/c']\nrate = 1", "rate"),
+        ] {
+            let error = refused(text);
+            assert!(error.contains(&format!("unknown field `{key}`")), "{error}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use selvedge_certs::Identity;
 use selvedge_proto::status::{Code, Status};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,6 +20,10 @@ use crate::policy::{IdentityPolicy, Policy};
 use crate::revocation::Peers;
 use crate::store::Store;
 use crate::tenant::Tenant;
+
+/// Connections beyond the limit that are told so at once, which takes a handshake each. There are few,
+/// as more of them are no reason to do more work; the others are refused without a word.
+pub(crate) const REFUSALS: u32 = 64;
 
 /// Everything that outlives a connection. One per broker, shared by its listeners.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub struct Fabric {
     pub peers: Peers,
     /// One permit for each connection that may still be accepted, all listeners together.
     pub connection_slots: Arc<Semaphore>,
+    /// One permit for each connection beyond those that may be told why it is not let in.
+    pub refusal_slots: Arc<Semaphore>,
     policy: ArcSwap<Policy>,
     /// Counts the policies so far, so that what was decided by an earlier one is decided again.
     policy_generation: AtomicU64,
@@ -86,6 +92,7 @@ impl Fabric {
             identity: options.identity,
             peers: Peers::default(),
             connection_slots: Arc::new(Semaphore::new(options.limits.connections)),
+            refusal_slots: Arc::new(Semaphore::new(REFUSALS as usize)),
             limits: options.limits,
             metrics: options.metrics,
             store: options.store,
@@ -155,6 +162,21 @@ impl Fabric {
         self.policy.load_full()
     }
 
+    /// Room for one more connection: to serve it, or else to tell it that there is none.
+    pub(crate) fn admit_connection(&self) -> Option<Slot> {
+        let slot = |slots: &Arc<Semaphore>| Arc::clone(slots).try_acquire_owned().ok();
+        match slot(&self.connection_slots) {
+            Some(permit) => Some(Slot {
+                is_refusal: false,
+                _permit: permit,
+            }),
+            None => slot(&self.refusal_slots).map(|permit| Slot {
+                is_refusal: true,
+                _permit: permit,
+            }),
+        }
+    }
+
     /// A number for a new session, never given twice.
     pub fn session_id(&self) -> u64 {
         self.next_session.fetch_add(1, Ordering::Relaxed)
@@ -191,4 +213,20 @@ impl Fabric {
             }
         }
     }
+}
+
+/// Room for one connection, until dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// The connection is only told that it is one too many.
+    pub(crate) is_refusal: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What a connection is told that is one too many for the broker.
+pub(crate) fn no_slot() -> Status {
+    Status::new(
+        Code::ResourceExhausted,
+        "the broker has as many connections as it may: try again later",
+    )
 }

@@ -25,6 +25,13 @@ pub struct VerbLabel {
     pub verb: &'static str,
 }
 
+/// One label named `limit`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LimitLabel {
+    /// The key of the limit in the configuration.
+    pub limit: &'static str,
+}
+
 /// Listener and reason.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ListenerReason {
@@ -108,6 +115,8 @@ pub struct Metrics {
     pub dropped_session_ended: Counter,
     /// Requests refused by policy, by verb.
     pub denied: Family<VerbLabel, Counter>,
+    /// What was refused or given up because an identity or a tenant uses as much as it may, by limit.
+    pub limit_reached: Family<LimitLabel, Counter>,
     /// Calls, by outcome.
     pub calls: Family<Outcome, Counter>,
     /// Calls and inferences in progress.
@@ -182,6 +191,10 @@ impl Default for Metrics {
             dropped_session_ended: reason("session_ended"),
             dropped,
             denied: register!("denied_requests", "Requests refused by policy"),
+            limit_reached: register!(
+                "limit_reached",
+                "Refused or given up for a limit of an identity or a tenant"
+            ),
             calls: register!("calls", "Calls, by outcome"),
             calls_in_flight: register!("calls_in_flight", "Calls and inferences in progress"),
             inferences: register!("inferences", "Inferences, by tier and outcome"),
@@ -222,6 +235,12 @@ impl Metrics {
     /// Counts a request refused by policy.
     pub fn deny(&self, verb: &'static str) {
         self.denied.get_or_create(&VerbLabel { verb }).inc();
+    }
+
+    /// The counter of what one limit has stopped.
+    pub fn limit_reached(&self, limit: &'static str) -> Counter {
+        self.limit_reached
+            .get_or_create_owned(&LimitLabel { limit })
     }
 
     /// Counts a connection refused before it was a session.

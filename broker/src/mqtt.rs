@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, Slot};
 use crate::revocation;
 
 mod connect;
@@ -103,7 +103,7 @@ pub async fn listen(fabric: Arc<Fabric>, listener: TcpListener, mode: Mode) {
                 continue;
             }
         };
-        let Ok(slot) = Arc::clone(&fabric.connection_slots).try_acquire_owned() else {
+        let Some(slot) = fabric.admit_connection() else {
             fabric.metrics.refuse(label, "connection_limit");
             continue;
         };
@@ -113,8 +113,7 @@ pub async fn listen(fabric: Arc<Fabric>, listener: TcpListener, mode: Mode) {
         let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&keep_alive);
         let (task_fabric, mode) = (Arc::clone(&fabric), mode.clone());
         fabric.tasks.spawn(async move {
-            let _slot = slot;
-            let connection = Box::pin(serve(&task_fabric, &mode, stream, peer));
+            let connection = Box::pin(serve(&task_fabric, &mode, stream, peer, &slot));
             if AssertUnwindSafe(connection).catch_unwind().await.is_err() {
                 task_fabric.metrics.panics.inc();
                 tracing::error!(listener = label, %peer, "a connection panicked");
@@ -148,14 +147,20 @@ pub fn read_packets(
     (packets, None)
 }
 
-async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: SocketAddr) {
+async fn serve(
+    fabric: &Arc<Fabric>,
+    mode: &Mode,
+    stream: TcpStream,
+    peer: SocketAddr,
+    slot: &Slot,
+) {
     let listener = mode.label();
-    let _connected = fabric.metrics.connected(listener);
+    let _connected = (!slot.is_refusal).then(|| fabric.metrics.connected(listener));
     let deadline = Instant::now() + fabric.limits.handshake_timeout;
     match mode {
         Mode::Plaintext { identity } => {
             let proof = Proof::Known(identity.clone());
-            connection::run(fabric, listener, stream, peer, proof, deadline).await;
+            connection::run(fabric, listener, stream, peer, proof, deadline, slot).await;
         }
         Mode::Tls {
             acceptor,
@@ -204,7 +209,7 @@ async fn serve(fabric: &Arc<Fabric>, mode: &Mode, stream: TcpStream, peer: Socke
                 (None, Some(passwords)) => Proof::Password(passwords.clone()),
                 (None, None) => Proof::Missing,
             };
-            connection::run(fabric, listener, stream, peer, proof, deadline).await;
+            connection::run(fabric, listener, stream, peer, proof, deadline, slot).await;
         }
     }
 }

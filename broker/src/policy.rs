@@ -19,7 +19,7 @@ use selvedge_proto::topic::{TopicFilter, TopicName};
 pub use self::explain::{Explanation, RuleOutcome, RuleVerdict};
 pub use self::live::LivePolicy;
 pub use self::parse::{PolicyError, PolicyErrors, PolicyLoadError, PolicyProblem};
-pub use self::pattern::{IdentityPatternError, SubjectError};
+pub use self::pattern::{IdentityPattern, IdentityPatternError, SubjectError};
 pub use self::rule::Effect;
 pub use self::verb::{Verb, VerbError};
 

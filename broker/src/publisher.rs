@@ -180,12 +180,38 @@ impl Publisher {
     /// has no room, or the header does not decode. Nobody gets the message then.
     #[inline]
     pub fn publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
-        self.try_publish(topic, message)
+        self.check(topic)
+            .and_then(|()| self.usage.admit())
+            .and_then(|()| self.take(topic, message))
             .inspect_err(|status| self.refused(topic, message, status))
     }
 
+    /// Asks whether one more message may be published now, for [`Self::publish_admitted`].
+    ///
+    /// # Errors
+    /// The identity or its tenant has just published as much as it may.
+    pub fn admit(&self) -> Result<(), Status> {
+        self.usage.admit()
+    }
+
+    /// As [`Self::publish`], for a message that [`Self::admit`] has let in, or that the broker
+    /// publishes in the name of its client.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub fn publish_admitted(
+        &self,
+        topic: &mut Topic,
+        message: &Incoming<'_>,
+    ) -> Result<(), Status> {
+        self.check(topic)
+            .and_then(|()| self.take(topic, message))
+            .inspect_err(|status| self.refused(topic, message, status))
+    }
+
+    /// Whether policy allows the topic.
     #[inline]
-    fn try_publish(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
+    fn check(&self, topic: &mut Topic) -> Result<(), Status> {
         if topic.decided != self.fabric.policy_generation() {
             (topic.decided, topic.denial) = self.decide(&topic.flow.topic);
         }
@@ -193,7 +219,11 @@ impl Publisher {
             self.fabric.metrics.deny("publish");
             return Err(denial.clone());
         }
-        self.usage.admit()?;
+        Ok(())
+    }
+
+    #[inline]
+    fn take(&self, topic: &mut Topic, message: &Incoming<'_>) -> Result<(), Status> {
         self.refresh(topic);
         let mut failing = None;
         if message.qos != Qos::AtMostOnce
@@ -289,7 +319,8 @@ impl Publisher {
         self.hand_out(topic, &Arc::new(batch), None);
     }
 
-    /// Publishes one message to a topic that is not worth keeping open.
+    /// Publishes one message to a topic that is not worth keeping open: a will, which is not lost
+    /// because its client had just published as much as it may.
     ///
     /// # Errors
     /// As [`Self::publish`].
@@ -303,7 +334,7 @@ impl Publisher {
         payload: &Bytes,
     ) -> Result<(), Status> {
         let mut topic = self.open(topic.clone(), class);
-        self.publish(
+        self.publish_admitted(
             &mut topic,
             &Incoming {
                 qos,

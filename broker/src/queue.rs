@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use crate::backlog::Backlog;
 use crate::batch::Batch;
 use crate::losses::{Losses, Reason};
-use crate::quota::Usage;
+use crate::quota::{Reached, Usage};
 use crate::session::SessionKey;
 use crate::store::{Change, QueueKey, Store};
 
@@ -127,8 +127,8 @@ struct Inner {
     largest: usize,
     /// A lane writer waits on `wake`; without one the session's activations are used.
     writer: bool,
-    /// What is owed besides the entries.
-    backlogs: VecDeque<Box<dyn Backlog>>,
+    /// What is owed besides the entries, at most one for each subscription, whose id it has.
+    backlogs: VecDeque<(u32, Box<dyn Backlog>)>,
     /// A replay is being looked up; nothing goes out before it.
     held: bool,
 }
@@ -143,7 +143,11 @@ impl Inner {
 
     /// Whether what is published from now on has to wait for a replay.
     fn is_replaying(&self) -> bool {
-        self.held || self.backlogs.iter().any(|backlog| backlog.before_live())
+        self.held
+            || self
+                .backlogs
+                .iter()
+                .any(|(_, backlog)| backlog.before_live())
     }
 
     /// Whether the next take would find something without a grant for backlog.
@@ -306,7 +310,8 @@ impl DeliveryQueue {
         }
         let cost = batch.cost();
         let kept = inner.durable && batch.qos != Qos::AtMostOnce;
-        if inner.is_over(cost, self.limit) {
+        if let Err(full) = self.take_room(&inner, cost) {
+            self.note(full);
             let overflow = match (self.overflow, batch.qos) {
                 (Overflow::Default, Qos::AtMostOnce) => Overflow::DropOldest,
                 (Overflow::Default, _) => Overflow::DropNewest,
@@ -319,8 +324,7 @@ impl DeliveryQueue {
                     return Pushed::Disconnect;
                 }
                 Overflow::DropOldest => {
-                    self.make_room(&mut inner, cost);
-                    if inner.is_over(cost, self.limit) {
+                    if !self.make_room(&mut inner, cost) {
                         drop(inner);
                         return self.give_up(Reason::QueueFull, batch, kept);
                     }
@@ -331,10 +335,6 @@ impl DeliveryQueue {
                     return self.give_up(Reason::QueueFull, batch, kept);
                 }
             }
-        }
-        if !self.owner.usage.take_bytes(cost) {
-            drop(inner);
-            return self.give_up(Reason::QueueFull, batch, kept);
         }
         self.add(inner, batch, false)
     }
@@ -350,7 +350,8 @@ impl DeliveryQueue {
             return Reserved::NotNeeded;
         }
         let cost = batch.cost();
-        if inner.is_over(cost, self.limit) || !self.owner.usage.take_bytes(cost) {
+        if let Err(full) = self.take_room(&inner, cost) {
+            self.note(full);
             return Reserved::Full;
         }
         inner.reserved += cost;
@@ -406,16 +407,35 @@ impl DeliveryQueue {
         Some(inner.sequence)
     }
 
-    /// Gives up the oldest QoS 0 batches until one of this cost fits, or a QoS 1 batch is in the way.
-    fn make_room(&self, inner: &mut Inner, cost: usize) {
-        while inner.is_over(cost, self.limit)
-            && let Some(front) = inner
+    /// Charges the identity for a batch of this cost, if there is room for it here and there.
+    fn take_room(&self, inner: &Inner, cost: usize) -> Result<(), Full> {
+        if inner.is_over(cost, self.limit) {
+            return Err(Full::Queue);
+        }
+        self.owner.usage.take_bytes(cost).map_err(Full::Usage)
+    }
+
+    /// Gives up the oldest QoS 0 batches until one of this cost fits, which is charged to the
+    /// identity then; `false` when a QoS 1 batch is in the way.
+    fn make_room(&self, inner: &mut Inner, cost: usize) -> bool {
+        while self.take_room(inner, cost).is_err() {
+            let Some(front) = inner
                 .entries
                 .pop_front_if(|front| front.batch.qos == Qos::AtMostOnce)
-        {
+            else {
+                return false;
+            };
             inner.bytes -= front.batch.cost();
             self.owner.usage.give_bytes(front.batch.cost());
             self.lose(Reason::QueueFull, &front.batch);
+        }
+        true
+    }
+
+    /// Counts a batch that did not fit at first, if it was for a limit of the identity or the tenant.
+    fn note(&self, full: Full) {
+        if let Full::Usage(reached) = full {
+            self.owner.usage.note(reached);
         }
     }
 
@@ -430,12 +450,15 @@ impl DeliveryQueue {
         Pushed::Lost { kept }
     }
 
-    /// Says what the receiver is owed besides what is published. Ends the hold that the queue began
-    /// with.
-    pub fn owe(&self, backlog: Option<Box<dyn Backlog>>) {
+    /// Says what a subscription is owed besides what is published, in place of what it was owed
+    /// before. Ends the hold that the queue began with.
+    pub fn owe(&self, subscription: u32, backlog: Option<Box<dyn Backlog>>) {
         let mut inner = self.inner.lock();
         inner.held = false;
-        inner.backlogs.extend(backlog);
+        inner.backlogs.retain(|(id, _)| *id != subscription);
+        inner
+            .backlogs
+            .extend(backlog.map(|backlog| (subscription, backlog)));
         if !inner.entries.is_empty() || !inner.backlogs.is_empty() {
             self.schedule(inner);
         }
@@ -512,7 +535,7 @@ impl DeliveryQueue {
         let owed = owed.min(budget.saturating_sub(bytes));
         if owed > 0
             && !inner.held
-            && let Some(backlog) = inner.backlogs.front_mut()
+            && let Some((_, backlog)) = inner.backlogs.front_mut()
         {
             let chunk = backlog.next(owed);
             if chunk.done {
@@ -571,10 +594,10 @@ impl DeliveryQueue {
         true
     }
 
-    /// Whether the lane may take more: fewer than `limit` bytes are unacknowledged. When it may
-    /// not, an acknowledgement wakes the writer.
+    /// Whether the lane may take more: fewer than `limit` bytes, and fewer than its identity may have,
+    /// are unacknowledged. When it may not, an acknowledgement wakes the writer.
     pub fn has_window(&self, limit: usize) -> bool {
-        self.inner.lock().inflight_bytes < limit
+        self.inner.lock().inflight_bytes < limit.min(self.owner.usage.inflight_bytes())
     }
 
     /// Drops what the receiver has acknowledged: all QoS 1 messages up to `last`. Ignored from a
@@ -691,8 +714,8 @@ impl DeliveryQueue {
     pub(crate) fn adopt(&self, batch: &Arc<Batch>, duplicate: bool) -> bool {
         let inner = self.inner.lock();
         let cost = batch.cost();
-        let takes = inner.online && !inner.closed && !inner.is_over(cost, self.limit);
-        if !takes || !self.owner.usage.take_bytes(cost) {
+        let takes = inner.online && !inner.closed;
+        if !takes || self.take_room(&inner, cost).is_err() {
             return false;
         }
         self.add(inner, batch, duplicate);
@@ -731,7 +754,9 @@ impl DeliveryQueue {
     /// What a queue can do for a share group now.
     pub fn vacancy(&self) -> Vacancy {
         let inner = self.inner.lock();
-        let room = !inner.closed && inner.bytes + inner.reserved < self.limit;
+        let room = !inner.closed
+            && inner.bytes + inner.reserved < self.limit
+            && self.owner.usage.has_room();
         match (room, inner.online) {
             (true, true) => Vacancy::Takes,
             (true, false) if inner.durable => Vacancy::Keeps,
@@ -752,6 +777,24 @@ impl DeliveryQueue {
             self.owner.outbox.activate(this);
         }
     }
+}
+
+/// What was put in the queue and never taken, or was promised room, is none of the identity's when
+/// the queue is gone.
+impl Drop for DeliveryQueue {
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut();
+        self.owner.usage.give_bytes(inner.bytes + inner.reserved);
+    }
+}
+
+/// Why there is no room for a batch.
+#[derive(Debug, Clone, Copy)]
+enum Full {
+    /// The queue itself is full.
+    Queue,
+    /// The identity or its tenant has as much in its queues as it may.
+    Usage(Reached),
 }
 
 /// What a queue can do for a share group.

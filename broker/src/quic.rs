@@ -11,7 +11,7 @@ use selvedge_proto::ALPN;
 use selvedge_proto::status::{Code, Status};
 
 use crate::config::Limits;
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, Slot, no_slot};
 use crate::revocation;
 
 mod connection;
@@ -133,7 +133,7 @@ pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint, trust: TrustAnchors
             let _ = incoming.retry();
             continue;
         }
-        let Ok(slot) = Arc::clone(&fabric.connection_slots).try_acquire_owned() else {
+        let Some(slot) = fabric.admit_connection() else {
             fabric.metrics.refuse(LISTENER, "connection_limit");
             incoming.refuse();
             continue;
@@ -141,8 +141,7 @@ pub async fn accept(fabric: Arc<Fabric>, endpoint: Endpoint, trust: TrustAnchors
         let handshake = Handshake::begin(&handshakes);
         let (task, trust) = (Arc::clone(&fabric), trust.clone());
         fabric.tasks.spawn(async move {
-            let _slot = slot;
-            serve(task, incoming, handshake, trust).await;
+            serve(task, incoming, handshake, trust, &slot).await;
         });
     }
 }
@@ -163,7 +162,13 @@ impl Drop for Handshake {
     }
 }
 
-async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake, trust: TrustAnchors) {
+async fn serve(
+    fabric: Arc<Fabric>,
+    incoming: Incoming,
+    handshake: Handshake,
+    trust: TrustAnchors,
+    slot: &Slot,
+) {
     let remote = incoming.remote_address();
     let begun = fabric.peers.generation();
     let connecting = match incoming.accept() {
@@ -200,6 +205,12 @@ async fn serve(fabric: Arc<Fabric>, incoming: Incoming, handshake: Handshake, tr
             return;
         }
     };
+    if slot.is_refusal {
+        fabric.metrics.refuse(LISTENER, "connection_limit");
+        let status = no_slot();
+        connection.close(status.code.to_quic().into(), status.message.as_bytes());
+        return;
+    }
     let chain = selvedge_certs::peer_certificates(&connection).unwrap_or_default();
     let peer = match fabric.peers.enter(&trust, begun, LISTENER, &chain) {
         Ok(peer) => peer,

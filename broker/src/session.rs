@@ -8,14 +8,14 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use selvedge_certs::Identity;
 use selvedge_proto::message::{Class, Qos};
-use selvedge_proto::status::Status;
+use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::losses::Losses;
 use crate::queue::{DeliveryQueue, Outbox, Overflow, Owner, QueueOptions, QueueStore};
-use crate::quota::Usage;
+use crate::quota::{ConnectionHold, Usage};
 use crate::router::Group;
 use crate::store::{Change, Store, StoredSession, StoredSubscription, unix_ms};
 
@@ -78,6 +78,13 @@ pub struct Will {
     pub header: Option<Bytes>,
 }
 
+impl Will {
+    /// Its bytes, as a message.
+    pub fn size(&self) -> usize {
+        self.payload.len() + self.header.as_ref().map_or(0, Bytes::len)
+    }
+}
+
 /// Ends one connection from outside, with the status to tell it.
 #[derive(Debug, Clone, Default)]
 pub struct Kick {
@@ -104,10 +111,22 @@ impl Kick {
     }
 }
 
+/// The connection that holds a session.
+#[derive(Debug)]
+struct Attached {
+    epoch: u64,
+    kick: Kick,
+    /// Its place among those that the identity may have, unless its task is gone.
+    hold: Weak<ConnectionHold>,
+}
+
 #[derive(Debug)]
 struct State {
+    /// Each is counted as the identity's as long as it is here.
     subscriptions: HashMap<u32, Arc<Subscriber>>,
-    attached: Option<(u64, Kick)>,
+    attached: Option<Attached>,
+    /// The session has ended, and takes no more subscriptions.
+    closed: bool,
     /// Counts connections, so that a late detach of an old one is told apart.
     epoch: u64,
     expiry: Duration,
@@ -196,6 +215,7 @@ impl Session {
             state: Mutex::new(State {
                 subscriptions: HashMap::new(),
                 attached: None,
+                closed: false,
                 epoch: 0,
                 expiry: Duration::ZERO,
                 detached_at: None,
@@ -228,12 +248,19 @@ impl Session {
     }
 
     /// Connects a connection to the session: its number for [`Self::detach`], and the connection
-    /// that held the session until now.
-    pub fn attach(&self, kick: Kick, expiry: Duration, will: Option<Will>) -> (u64, Option<Kick>) {
+    /// that held the session until now. `hold` counts the connection.
+    pub fn attach(
+        &self,
+        kick: Kick,
+        hold: Weak<ConnectionHold>,
+        expiry: Duration,
+        will: Option<Will>,
+    ) -> (u64, Option<Kick>) {
         let mut state = self.state.lock();
         state.epoch += 1;
         let epoch = state.epoch;
-        let previous = state.attached.replace((epoch, kick)).map(|(_, kick)| kick);
+        let attached = Attached { epoch, kick, hold };
+        let previous = state.attached.replace(attached).map(|held| held.kick);
         state.expiry = expiry;
         state.detached_at = None;
         state.since = clock::now();
@@ -287,14 +314,13 @@ impl Session {
     /// to do next.
     pub fn detach(&self, epoch: u64, end: ConnectionEnd, now: Instant) -> Detached {
         let mut state = self.state.lock();
-        if state
-            .attached
-            .as_ref()
-            .is_none_or(|(held, _)| *held != epoch)
-        {
+        let Some(attached) = state.attached.take_if(|held| held.epoch == epoch) else {
             return Detached::NotHeld;
+        };
+        // The connection may take a while to close, and is none of the identity's any more.
+        if let Some(hold) = attached.hold.upgrade() {
+            hold.release();
         }
-        state.attached = None;
         state.detached_at = Some(now);
         state.since = now;
         if let ConnectionEnd::Clean {
@@ -349,6 +375,12 @@ impl Session {
         self.state.lock().epoch
     }
 
+    /// Takes its place from the connection that holds the session, for one that takes over.
+    pub(crate) fn take_hold(&self) -> Option<ConnectionHold> {
+        let state = self.state.lock();
+        state.attached.as_ref()?.hold.upgrade()?.hand_on()
+    }
+
     /// Ends the connection, if there is one.
     pub fn kick(&self, status: Status) {
         let kick = self
@@ -356,7 +388,7 @@ impl Session {
             .lock()
             .attached
             .as_ref()
-            .map(|(_, kick)| kick.clone());
+            .map(|held| held.kick.clone());
         if let Some(kick) = kick {
             kick.kick(status);
         }
@@ -373,7 +405,7 @@ impl Session {
     ) -> [Arc<DeliveryQueue>; 3] {
         if own_lane {
             let state = self.state.lock();
-            let online = state.attached.as_ref().map(|(epoch, _)| *epoch);
+            let online = state.attached.as_ref().map(|held| held.epoch);
             Class::ALL.map(|class| {
                 DeliveryQueue::new(QueueOptions {
                     class,
@@ -392,19 +424,58 @@ impl Session {
     }
 
     /// Adds a subscription or replaces the one with its id, which is returned.
-    pub fn insert(&self, subscriber: Arc<Subscriber>) -> Option<Arc<Subscriber>> {
+    ///
+    /// # Errors
+    /// It is one more than the identity or its tenant may have, or the session has ended.
+    pub fn insert(
+        &self,
+        subscriber: Arc<Subscriber>,
+        admission: Admission,
+    ) -> Result<Option<Arc<Subscriber>>, Status> {
+        let id = subscriber.id;
         let mut state = self.state.lock();
-        state.next_id = state.next_id.max(subscriber.id.saturating_add(1));
+        if state.closed {
+            return Err(Status::new(Code::Aborted, "the session has ended"));
+        }
+        let previous = state.subscriptions.get(&id);
+        let is_new = previous.is_none();
+        let is_other = previous.is_some_and(|held| !held.shares_queues(&subscriber));
+        if is_new {
+            match admission {
+                Admission::Limited => self.usage().subscribe()?,
+                Admission::Kept => self.usage().charge_subscription(),
+            }
+        }
+        state.next_id = state.next_id.max(id.saturating_add(1));
         if let Some(store) = self.store.as_ref().filter(|_| state.durable) {
+            if is_other {
+                // With what waits in its queues.
+                store.put(Change::RemoveSubscription(self.id, id));
+            }
             store.put(Change::PutSubscription(self.id, subscriber.record()));
         }
-        state.subscriptions.insert(subscriber.id, subscriber)
+        Ok(state.subscriptions.insert(id, subscriber))
+    }
+
+    /// Puts `changed` in the place of `previous`; `false` when that is not there any more.
+    pub(crate) fn replace(&self, previous: &Arc<Subscriber>, changed: Arc<Subscriber>) -> bool {
+        let mut state = self.state.lock();
+        match state.subscriptions.get_mut(&changed.id) {
+            Some(held) if Arc::ptr_eq(held, previous) => {
+                *held = changed;
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Takes a subscription out.
     pub fn remove(&self, id: u32) -> Option<Arc<Subscriber>> {
         let mut state = self.state.lock();
         let removed = state.subscriptions.remove(&id);
+        if removed.is_some() {
+            self.usage().unsubscribe(1);
+        }
         if let Some(store) = self
             .store
             .as_ref()
@@ -482,19 +553,32 @@ impl Session {
         Some(Arc::clone(&owner.queues[class.index()]))
     }
 
-    /// Closes every queue; what waits in them is lost.
-    pub fn close(&self) {
+    /// Closes every queue; what waits in them is lost. Returns the subscriptions that there were.
+    pub fn close(&self) -> Vec<Arc<Subscriber>> {
         let mut state = self.state.lock();
+        state.closed = true;
         if let Some(store) = self.store.as_ref().filter(|_| state.durable) {
             store.put(Change::RemoveSession(self.id));
             state.durable = false;
         }
         let queues = all_queues(&self.shared, &state);
+        let subscriptions = std::mem::take(&mut state.subscriptions);
+        self.usage().unsubscribe(subscriptions.len());
         drop(state);
         for queue in queues {
             queue.close();
         }
+        subscriptions.into_values().collect()
     }
+}
+
+/// Whether a subscription is one more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// It is, and the limits hold.
+    Limited,
+    /// It was there before the broker was started, and stays, whatever the limits are by now.
+    Kept,
 }
 
 /// How a connection ended.
@@ -529,11 +613,19 @@ impl Subscriber {
         self.group.get()?.upgrade()
     }
 
+    /// Whether both put what they receive in the same queues.
+    fn shares_queues(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.queues[0], &other.queues[0])
+    }
+
     /// Closes the queues that are its own; what waits in them is lost.
+    /// What it is owed on queues that it shares is not sent any more.
     pub fn close(&self) {
-        if self.own_lane {
-            for queue in &self.queues {
+        for queue in &self.queues {
+            if self.own_lane {
                 queue.close();
+            } else {
+                queue.owe(self.id, None);
             }
         }
     }

@@ -30,7 +30,7 @@ use crate::retained::{Retained, RetainedBacklog};
 use crate::router::Router;
 use crate::services::Services;
 use crate::session::{
-    ConnectionEnd, Detached, Kick, Session, SessionKey, SessionOptions, Subscriber, Will,
+    Admission, ConnectionEnd, Detached, Kick, Session, SessionKey, SessionOptions, Subscriber, Will,
 };
 use crate::store::{Change, Store};
 
@@ -88,8 +88,8 @@ pub struct Attachment {
     pub present: bool,
     /// Fires when the connection must end.
     pub kick: Kick,
-    /// Counts the connection.
-    _hold: ConnectionHold,
+    /// Counts the connection until it is taken over or detached.
+    _hold: Arc<ConnectionHold>,
 }
 
 /// What a subscription asks for.
@@ -160,7 +160,7 @@ impl Tenant {
             ),
             losses: Losses::new(Arc::clone(&metrics), Arc::clone(&explain)),
             explain,
-            usages: Usages::default(),
+            usages: Usages::new(Arc::clone(&name), &limits, &metrics),
             name,
             services: Services::default(),
             models: Models::default(),
@@ -173,13 +173,29 @@ impl Tenant {
     }
 
     /// Connects to a session: the one kept under this identity and name, or a new one. A
-    /// connection that holds it is told to go.
+    /// connection that holds it is told to go, and leaves its place among the identity's connections
+    /// to the new one.
     ///
     /// # Errors
     /// The identity or the tenant has as many connections as it may.
     pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Result<Attachment, Status> {
         let usage = self.usages.of(&connect.key.identity);
-        let hold = usage.connect()?;
+        if let Some(will) = &connect.will {
+            let (found, most) = (will.size(), usage.message_bytes());
+            if found > most {
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    format!("a will of {found} bytes: expected at most {most}"),
+                ));
+            }
+        }
+        let _turn = usage.attaching();
+        let held = self.sessions.get(&connect.key);
+        let hold = match held.and_then(|session| session.take_hold()) {
+            Some(hold) => hold,
+            None => usage.connect()?,
+        };
+        let hold = Arc::new(hold);
         let kick = Kick::default();
         let now = clock::now();
         if connect.clean_start {
@@ -205,8 +221,12 @@ impl Tenant {
                 self.remove_session(&session);
                 continue;
             }
-            let (epoch, previous) =
-                session.attach(kick.clone(), connect.expiry, connect.will.clone());
+            let (epoch, previous) = session.attach(
+                kick.clone(),
+                Arc::downgrade(&hold),
+                connect.expiry,
+                connect.will.clone(),
+            );
             // It may have expired between look-up and attach.
             if self
                 .sessions
@@ -297,7 +317,7 @@ impl Tenant {
         request: SubscribeRequest,
     ) -> Result<(), Status> {
         let filter = request.target.filter.clone();
-        self.try_subscribe(session, policy, request)
+        self.try_subscribe(session, policy, request, Admission::Limited)
             .inspect_err(|status| {
                 let client = &session.key.identity;
                 let explain = &self.explain;
@@ -310,6 +330,7 @@ impl Tenant {
         session: &Arc<Session>,
         policy: &IdentityPolicy,
         request: SubscribeRequest,
+        admission: Admission,
     ) -> Result<(), Status> {
         let residual = match policy.decide_filter(&request.target.filter) {
             FilterDecision::Allowed { residual, .. } => residual,
@@ -323,6 +344,7 @@ impl Tenant {
         }
         let previous = session.subscription(request.id);
         if previous.is_none()
+            && admission == Admission::Limited
             && session.subscription_count() >= self.limits.subscriptions_per_session
         {
             return Err(Status::new(
@@ -332,9 +354,6 @@ impl Tenant {
                     self.limits.subscriptions_per_session
                 ),
             ));
-        }
-        if previous.is_none() {
-            session.usage().subscribe()?;
         }
         let shared = request.target.share.is_some();
         let replay = request.replay;
@@ -364,32 +383,39 @@ impl Tenant {
             target: request.target,
         });
         let is_new = reuse.is_none();
-        if reuse.is_none()
-            && let Some(previous) = session.remove(request.id)
-        {
-            self.router.remove(&previous);
-            previous.close();
-            self.metrics.subscriptions.dec();
-        }
-        let since = match session.insert(Arc::clone(&subscriber)) {
-            Some(previous) => self.router.replace(&previous, Arc::clone(&subscriber)),
+        let since = match session.insert(Arc::clone(&subscriber), admission)? {
+            Some(previous) => {
+                let since = self.router.replace(&previous, Arc::clone(&subscriber));
+                if is_new {
+                    previous.close();
+                }
+                since
+            }
             None => {
                 self.metrics.subscriptions.inc();
                 self.router.insert(Arc::clone(&subscriber))
             }
         };
+        let held = session.subscription(subscriber.id);
+        if held.is_none_or(|held| !Arc::ptr_eq(&held, &subscriber)) {
+            // What ended it in between did not find it in the router yet.
+            self.router.remove(&subscriber);
+            return Err(Status::new(Code::Aborted, "the subscription has ended"));
+        }
         if let Some(replay) = replay {
             self.deliver_history(&subscriber, &replay, since);
         }
         if let Some(group) = subscriber.group() {
             group.hand_on();
         }
-        // MQTT 5.0 section 4.8.2: retained messages are not sent to a shared subscription.
+        // MQTT 5.0 section 4.8.2: retained messages are not sent to a shared subscription. A replay
+        // has them already.
         let send = match request.retain {
             RetainDelivery::Send => true,
             RetainDelivery::IfNew => is_new,
             RetainDelivery::Never => false,
-        } && subscriber.target.share.is_none();
+        } && subscriber.target.share.is_none()
+            && replay.is_none();
         if send {
             self.deliver_retained(&subscriber);
         }
@@ -424,8 +450,8 @@ impl Tenant {
                     }
                 };
                 let changed = Arc::new(subscriber.with_residual(residual));
-                if let Some(previous) = session.insert(Arc::clone(&changed)) {
-                    self.router.replace(&previous, changed);
+                if session.replace(&subscriber, Arc::clone(&changed)) {
+                    self.router.replace(&subscriber, changed);
                 }
             }
         }
@@ -456,11 +482,12 @@ impl Tenant {
         if let Some(group) = subscriber.group() {
             group.take_over(&subscriber);
         }
-        session.remove(id);
+        let removed = session.remove(id).is_some();
         subscriber.close();
-        session.usage().unsubscribe();
-        self.metrics.subscriptions.dec();
-        true
+        if removed {
+            self.metrics.subscriptions.dec();
+        }
+        removed
     }
 
     /// Remembers a refusal for `selvedge explain`.
@@ -485,13 +512,14 @@ impl Tenant {
         policy: &IdentityPolicy,
         request: SubscribeRequest,
     ) -> Result<(), Status> {
-        self.subscribe(
+        self.try_subscribe(
             session,
             policy,
             SubscribeRequest {
                 retain: RetainDelivery::Never,
                 ..request
             },
+            Admission::Kept,
         )
     }
 
@@ -518,6 +546,7 @@ impl Tenant {
         self.services.forget_lost(now, self.limits.resume_grace);
         self.models.forget_lost(now, self.limits.resume_grace);
         self.dedup.sweep(now);
+        self.usages.sweep(now);
         self.history.sweep(SystemTime::now());
         for topic in self.retained.sweep(now) {
             self.metrics.retained.dec();
@@ -563,7 +592,7 @@ impl Tenant {
                 subscriber.max_qos,
             );
             if let Some(backlog) = backlog {
-                queue.owe(Some(Box::new(backlog)));
+                queue.owe(subscriber.id, Some(Box::new(backlog)));
             }
         }
     }
@@ -600,7 +629,10 @@ impl Tenant {
         };
         let backlogs = self.history.replay(&request, SystemTime::now());
         for (queue, backlog) in subscriber.queues.iter().zip(backlogs) {
-            queue.owe(backlog.map(|backlog| Box::new(backlog) as Box<dyn Backlog>));
+            queue.owe(
+                subscriber.id,
+                backlog.map(|backlog| Box::new(backlog) as Box<dyn Backlog>),
+            );
         }
     }
 
@@ -624,9 +656,11 @@ impl Tenant {
             if let Some(group) = subscriber.group() {
                 group.take_over(&subscriber);
             }
-            session.usage().unsubscribe();
+        }
+        for subscriber in session.close() {
+            // One of them may have come since.
+            self.router.remove(&subscriber);
             self.metrics.subscriptions.dec();
         }
-        session.close();
     }
 }

@@ -12,7 +12,7 @@ use selvedge_proto::topic::SubscribeTarget;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, Slot, no_slot};
 use crate::mqtt::connect::{self, Greeting, Proof, Refusal};
 use crate::mqtt::delivery::{Delivery, HIGH_WATER};
 use crate::mqtt::output::{ConnAck, Output};
@@ -46,6 +46,7 @@ pub(crate) async fn run<S>(
     peer: SocketAddr,
     proof: Proof,
     deadline: Instant,
+    slot: &Slot,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
@@ -53,6 +54,11 @@ pub(crate) async fn run<S>(
     let mut buffer = BytesMut::with_capacity(READ.0);
     let greeting = timeout_at(deadline, async {
         let mut connect = connect::read(&mut reader, &mut stream, &mut buffer).await?;
+        if slot.is_refusal {
+            let status = no_slot();
+            let reason = Reason::of_refusal(&status);
+            return Err(Refusal::answer(reason, "connection_limit", status.message));
+        }
         let greeting = connect::greet(fabric, &proof, &mut connect).await?;
         Ok((connect, greeting))
     });
@@ -104,6 +110,8 @@ pub(crate) async fn run<S>(
         listener, %peer, identity = %greeting.identity, client = %session.key.name,
         present = attached.attachment.present, "connected"
     );
+    let message_bytes = session.usage().message_bytes();
+    reader.set_max_packet(message_bytes);
     let mut output = Output::default();
     output.connack(
         connect.version,
@@ -113,7 +121,7 @@ pub(crate) async fn run<S>(
             assigned_client_id: greeting
                 .assigned_client_id
                 .then_some(&*greeting.attach.key.name),
-            maximum_packet_size: fabric.limits.max_frame_bytes,
+            maximum_packet_size: message_bytes,
             receive_maximum: RECEIVE_MAXIMUM,
             topic_alias_maximum: TOPIC_ALIAS_MAXIMUM,
         },
@@ -358,6 +366,7 @@ impl Actor {
             }
             let room = buffer.capacity() - buffer.len();
             let writable = output.has_remaining() || unflushed;
+            let resting = self.publishing.resting_until();
             let may_fill = self.delivery.has_more() && output.remaining() < HIGH_WATER;
 
             // In order: the end, since nothing matters after it. Reading before writing, since
@@ -378,6 +387,13 @@ impl Actor {
                     } else if count < chunk / 4 {
                         chunk = (chunk / 2).max(READ.0);
                     }
+                    if let Err(end) = self.process(reader, buffer, output) {
+                        return end;
+                    }
+                }
+                () = rested(resting), if resting.is_some() => {
+                    // It may have said anything meanwhile; nobody has read it.
+                    last_seen = Instant::now();
                     if let Err(end) = self.process(reader, buffer, output) {
                         return end;
                     }
@@ -421,8 +437,11 @@ impl Actor {
         buffer: &mut BytesMut,
         output: &mut Output,
     ) -> Result<(), End> {
-        let mut result = Ok(());
-        while result.is_ok() {
+        let mut result = match self.publishing.take_held() {
+            Some(publish) => self.handle(Packet::Publish(publish), output),
+            None => Ok(()),
+        };
+        while result.is_ok() && !self.publishing.is_resting() {
             result = match reader.next(buffer) {
                 Ok(Some(packet)) => self.handle(packet, output),
                 Ok(None) => break,
@@ -438,7 +457,7 @@ impl Actor {
         match packet {
             Packet::Publish(publish) => self
                 .publishing
-                .publish(*publish, self.manners, &self.fabric.metrics)
+                .publish(publish, self.manners, &self.fabric.metrics)
                 .map_err(End::Protocol)?,
             Packet::PubAck(id) => self.delivery.acknowledge(id),
             Packet::PubRel(id) => self.publishing.release(id, self.manners, output),
@@ -589,6 +608,13 @@ impl From<Status> for Refusal {
 
 fn stopping() -> Status {
     Status::new(Code::Unavailable, "the broker is stopping")
+}
+
+async fn rested(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Writes what the transport takes at once, then flushes. Dropping the future loses nothing.

@@ -200,6 +200,16 @@ impl Reader {
         }
     }
 
+    /// Takes packets of up to `max_packet` bytes from now on.
+    pub(crate) fn set_max_packet(&mut self, max_packet: usize) {
+        self.max_packet = Self::new(max_packet).max_packet;
+        match &mut self.codec {
+            Codec::Unknown => {}
+            Codec::V3(codec) => codec.set_max_size(self.max_packet),
+            Codec::V5(codec) => codec.set_max_inbound_size(self.max_packet),
+        }
+    }
+
     /// The version, once CONNECT has named one.
     pub(crate) fn version(&self) -> Option<Version> {
         match self.codec {

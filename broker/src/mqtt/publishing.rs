@@ -9,6 +9,7 @@ use futures_util::stream::FuturesOrdered;
 use selvedge_proto::message::{Class, Durability, Properties, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
+use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::mqtt::output::{Answer, Output};
@@ -49,6 +50,9 @@ pub(crate) struct Publishing {
     /// Answers that wait for the disk, or behind one that does: they go in the order of their
     /// messages (MQTT 5.0 section 4.6).
     waiting: FuturesOrdered<BoxFuture<'static, Answered>>,
+    /// A message that comes too soon after others, and when it may be taken. Nothing more is read
+    /// until then: 3.1.1 has no answer that would have the client send it again later.
+    held: Option<(Box<Publish>, Instant)>,
 }
 
 /// Whether the messages are kept, and the answers that say so.
@@ -79,13 +83,15 @@ impl Publishing {
             outcome: Outcome::default(),
             answers: Output::default(),
             waiting: FuturesOrdered::new(),
+            held: None,
         }
     }
 
-    /// Takes one message and notes its answer, which [`Self::flush`] gives out.
+    /// Takes one message and notes its answer, which [`Self::flush`] gives out, or holds it until it
+    /// may be taken.
     pub(crate) fn publish(
         &mut self,
-        mut publish: Publish,
+        mut publish: Box<Publish>,
         manners: Manners,
         metrics: &Metrics,
     ) -> Result<(), ProtocolError> {
@@ -103,22 +109,31 @@ impl Publishing {
                 ));
             }
         }
+        let waits = self.version == Version::V3 && qos != Qos::AtMostOnce;
+        if waits && let Err(status) = self.publisher.admit() {
+            let wait = status.retry_after.unwrap_or_default();
+            self.held = Some((publish, Instant::now() + wait));
+            return Ok(());
+        }
         let properties = publish.properties.take().unwrap_or_default();
         let position = self.topic(&publish.topic, &properties)?;
         let (position, header) = match position {
             Found::Plain(position) => (position, None),
             Found::With(position, properties) => (position, properties.encode()),
         };
-        let result = self.publisher.publish(
-            &mut self.topics[position],
-            &Incoming {
-                qos,
-                retain: publish.retain,
-                durability: Durability::Default,
-                header: header.as_deref(),
-                payload: Payload::Shared(publish.payload),
-            },
-        );
+        let topic = &mut self.topics[position];
+        let message = Incoming {
+            qos,
+            retain: publish.retain,
+            durability: Durability::Default,
+            header: header.as_deref(),
+            payload: Payload::Shared(publish.payload),
+        };
+        let result = if waits {
+            self.publisher.publish_admitted(topic, &message)
+        } else {
+            self.publisher.publish(topic, &message)
+        };
         if self.dirty.last() != Some(&position) {
             self.dirty.push(position);
         }
@@ -179,7 +194,22 @@ impl Publishing {
 
     /// Whether more may be read from the client.
     pub(crate) fn may_take(&self) -> bool {
-        self.waiting.len() < MAX_WAITING
+        self.waiting.len() < MAX_WAITING && !self.is_resting()
+    }
+
+    /// Whether a message is held back.
+    pub(crate) fn is_resting(&self) -> bool {
+        self.resting_until().is_some()
+    }
+
+    /// When the message that is held back may be taken.
+    pub(crate) fn resting_until(&self) -> Option<Instant> {
+        self.held.as_ref().map(|(_, until)| *until)
+    }
+
+    /// The message that was held back.
+    pub(crate) fn take_held(&mut self) -> Option<Box<Publish>> {
+        self.held.take().map(|(publish, _)| publish)
     }
 
     /// The next answers that waited for the disk. May be cancelled without loss.

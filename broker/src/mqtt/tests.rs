@@ -21,7 +21,7 @@ use tokio_util::codec::Framed;
 use super::packet::Publish;
 use super::{Mode, listen, password};
 use crate::config::{DurabilityRules, Limits};
-use crate::fabric::{Fabric, FabricOptions};
+use crate::fabric::{Fabric, FabricOptions, REFUSALS};
 use crate::policy::Policy;
 
 const POLICY: &str = r##"
@@ -862,9 +862,26 @@ async fn connections_beyond_the_limit_are_refused_until_one_ends() {
     };
     let broker = Broker::plaintext(limits).await;
     let first = broker.named("first").await;
+    let (_, ack) = broker.client(clean("second")).await;
+    assert_eq!(ack.reason_code, v5::ConnectAckReason::QuotaExceeded);
+    let reason = "the broker has as many connections as it may: try again later";
+    assert_eq!(ack.reason_string.as_deref(), Some(reason));
+    // 3.1.1 knows "server unavailable".
+    let mut old = broker.stream().await;
+    let connect = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01a";
+    old.write_all(connect).await.unwrap();
+    let mut answer = Vec::new();
+    old.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"\x20\x02\x00\x03");
+    assert!(broker.metric(
+        r#"selvedge_refused_connections_total{listener="mqtt",reason="connection_limit"} 2"#
+    ));
+    // Those that are told so are few, and the next is not even listened to.
+    let slots = broker.fabric.refusal_slots.acquire_many(REFUSALS);
+    let _busy = timeout(PATIENCE, slots).await.unwrap().unwrap();
     assert_eq!(broker.stream().await.read(&mut [0; 1]).await.unwrap(), 0);
     assert!(broker.metric(
-        r#"selvedge_refused_connections_total{listener="mqtt",reason="connection_limit"} 1"#
+        r#"selvedge_refused_connections_total{listener="mqtt",reason="connection_limit"} 3"#
     ));
     first.leave().await;
     let released = broker.fabric.connection_slots.acquire();

@@ -11,8 +11,8 @@ const SCHEME: &str = "spiffe://";
 /// characters within its segment.
 ///
 /// The short form names the identities of every trust domain.
-#[derive(Clone, Debug)]
-pub(super) struct IdentityPattern {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityPattern {
     text: Arc<str>,
     trust_domain: Option<Glob>,
     tenant: Glob,
@@ -21,7 +21,11 @@ pub(super) struct IdentityPattern {
 }
 
 impl IdentityPattern {
-    pub(super) fn parse(text: &str) -> Result<Self, IdentityPatternError> {
+    /// The pattern that `text` is.
+    ///
+    /// # Errors
+    /// It has other segments than an identity, or characters that no identity has.
+    pub fn parse(text: &str) -> Result<Self, IdentityPatternError> {
         let path = text.strip_prefix(SCHEME);
         let segments: Vec<&str> = path.unwrap_or(text).split('/').collect();
         let (trust_domain, tenant, site, name) = match (path, segments.as_slice()) {
@@ -40,7 +44,8 @@ impl IdentityPattern {
         })
     }
 
-    pub(super) fn matches(&self, identity: &Identity) -> bool {
+    /// Whether it names this identity.
+    pub fn matches(&self, identity: &Identity) -> bool {
         self.trust_domain
             .as_ref()
             .is_none_or(|domain| domain.matches(identity.trust_domain()))
@@ -90,7 +95,7 @@ pub enum IdentityPatternError {
 }
 
 /// Text where `*` stands for any characters, none included.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Glob(Box<str>);
 
 impl Glob {

@@ -290,7 +290,11 @@ fn a_replay_comes_before_what_is_published_and_survives_a_reconnect() {
         .map(|payload| batch(Qos::AtLeastOnce, payload))
         .collect();
     let one = history[0].cost();
-    queue.owe(Some(Box::new(Replayed::new(history, Qos::AtLeastOnce))));
+    let replay = Replayed::new(history.clone(), Qos::AtLeastOnce);
+    queue.owe(1, Some(Box::new(replay)));
+    // A subscription that is made anew is owed what it asks for then, and no more.
+    let replay = Replayed::new(history, Qos::AtLeastOnce);
+    queue.owe(1, Some(Box::new(replay)));
 
     assert!(
         queue.take(0, usize::MAX, 0, now).owes,

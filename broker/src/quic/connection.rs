@@ -119,13 +119,14 @@ pub(super) async fn run(
     peer.attached(&attachment.kick);
     let (control, outgoing) = mpsc::channel(CONTROL_QUEUE);
     let writer = tokio::spawn(write_control(send, outgoing));
+    let message_bytes = attachment.session.usage().message_bytes();
     let welcome = wire::Welcome {
         revision: REVISION.min(hello.revision),
         broker: format!("{} selvedge/{}", fabric.name, env!("CARGO_PKG_VERSION")),
         identity: identity.uri().to_owned(),
         session_present: attachment.present,
         session_expiry_s: u32::try_from(expiry.as_secs()).unwrap_or(u32::MAX),
-        max_frame_bytes: u32::try_from(fabric.limits.max_frame_bytes).unwrap_or(u32::MAX),
+        max_frame_bytes: u32::try_from(message_bytes).unwrap_or(u32::MAX),
         max_aliases: fabric.limits.aliases_per_lane,
         reconnect: Some(wire::ReconnectAdvice {
             min_ms: 100,
@@ -150,6 +151,7 @@ pub(super) async fn run(
         tasks: JoinSet::new(),
         services: HashMap::new(),
         models: HashMap::new(),
+        message_bytes,
         peer_limit: hello.max_frame_bytes as usize,
     };
     let end = actor.run(reader).await;
@@ -330,6 +332,8 @@ pub(super) struct Actor {
     pub(super) services: HashMap<u32, (TopicName, Arc<Responder>)>,
     /// Registered models, by the client's id.
     pub(super) models: HashMap<u32, (TopicName, Arc<WorkerModel>)>,
+    /// Largest message the client may send.
+    message_bytes: usize,
     /// Largest frame the client accepts.
     peer_limit: usize,
 }
@@ -397,7 +401,7 @@ impl Actor {
                         let ingest = Ingest::new(
                             self.publisher.clone(),
                             self.control.clone(),
-                            self.fabric.limits.max_frame_bytes,
+                            self.message_bytes,
                             self.fabric.limits.aliases_per_lane,
                         );
                         self.tasks.spawn(async move { LaneEnd::Ingest(ingest.run(stream).await) });

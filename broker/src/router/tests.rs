@@ -172,7 +172,7 @@ fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
     queue(0).push(&message(Qos::AtLeastOnce));
 
     // The other one connects: what waits is its.
-    let (epoch, _) = sessions[1].attach(Kick::default(), Duration::ZERO, None);
+    let (epoch, _) = sessions[1].attach(Kick::default(), Weak::new(), Duration::ZERO, None);
     queue(1).online(epoch);
     group.hand_on();
     assert_eq!(queue(0).bytes(), 0);
@@ -202,7 +202,7 @@ fn a_share_group_takes_turns_and_no_local_leaves_out_the_publisher() {
     let router = Router::default();
     let sessions: Vec<_> = (0..2).map(session).collect();
     for (id, session) in sessions.iter().enumerate() {
-        session.attach(Kick::default(), Duration::ZERO, None);
+        session.attach(Kick::default(), Weak::new(), Duration::ZERO, None);
         router.insert(subscriber(
             session,
             id as u32 + 1,
