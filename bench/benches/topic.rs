@@ -2,13 +2,15 @@
 #![allow(missing_docs, reason = "Criterion's macros make public functions")]
 
 use std::hint::black_box;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use selvedge_broker::queue::{DeliveryQueue, Outbox, Overflow, QueueOptions};
+use selvedge_broker::losses::Losses;
+use selvedge_broker::queue::{DeliveryQueue, Overflow, Owner, QueueOptions};
 use selvedge_broker::router::Router;
-use selvedge_broker::session::Subscriber;
+use selvedge_broker::session::{SessionKey, Subscriber};
+use selvedge_certs::Identity;
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 
@@ -71,17 +73,27 @@ fn route_to_all(criterion: &mut Criterion) {
 
 /// A router with one subscription of a session of its own per filter.
 fn router(filters: impl Iterator<Item = String>) -> Router {
-    let outbox = Arc::new(Outbox::default());
+    let owner = Arc::new(Owner {
+        key: SessionKey {
+            identity: Identity::new("example.org", "acme", "hall-3", "receiver")
+                .expect("the identity is valid"),
+            name: "bench".into(),
+        },
+        outbox: Arc::default(),
+        losses: Losses::new(Arc::default(), Arc::default()),
+        usage: Arc::default(),
+        store: None,
+    });
     let queues = Class::ALL.map(|class| {
         DeliveryQueue::new(QueueOptions {
             class,
             subscription: 0,
             limit: 1 << 20,
             overflow: Overflow::Default,
-            outbox: Arc::clone(&outbox),
-            store: None,
+            owner: Arc::clone(&owner),
             online: None,
             durable: false,
+            held: false,
         })
     });
     let router = Router::default();
@@ -98,7 +110,9 @@ fn router(filters: impl Iterator<Item = String>) -> Router {
             own_lane: false,
             overflow: Overflow::Default,
             queues: queues.clone(),
+            datagrams: false,
             session: Weak::new(),
+            group: OnceLock::new(),
         }));
     }
     router

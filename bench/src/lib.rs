@@ -1,4 +1,8 @@
-//! What the benchmarks share: the broker's storage workload, and the engines that could carry it.
+//! Benchmarks: this broker beside its peers, and the engines that could carry its store.
 
+#[cfg(target_os = "linux")]
+pub mod compare;
+#[cfg(feature = "store")]
 pub mod engine;
+#[cfg(feature = "store")]
 pub mod workload;

@@ -1,5 +1,7 @@
 //! The `selvedge` binary: arguments, logging, dispatch, exit code.
 
+#[cfg(target_os = "linux")]
+mod bench;
 mod bridge;
 mod broker;
 mod call;
@@ -76,6 +78,9 @@ enum Command {
     Serve(serve::Args),
     /// Ask a model for an inference.
     Infer(infer::Args),
+    /// Measure this broker beside its peers.
+    #[cfg(target_os = "linux")]
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +108,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Call(args) => block_on(call::run(args)),
         Command::Serve(args) => block_on(serve::run(args)),
         Command::Infer(args) => block_on(infer::run(args)),
+        #[cfg(target_os = "linux")]
+        Command::Bench(args) => bench::run(args),
     }
 }
 
@@ -142,6 +149,8 @@ impl Command {
             Self::Call(args) => args.json,
             Self::Serve(args) => args.json,
             Self::Infer(args) => args.json,
+            #[cfg(target_os = "linux")]
+            Self::Bench(args) => args.json(),
             Self::Dev(_) | Self::Bridge(_) | Self::Worker(_) | Self::Mqtt(_) => false,
         };
         output::Format::from_flag(json)

@@ -1,0 +1,334 @@
+//! This broker beside its peers, in one run: `selvedge bench compare`.
+//!
+//! Every system is a process of its own, started with the same certificates. All clients of a
+//! measurement are in one load process, which reads the CPU time of the server. Systems take turns, so
+//! that whatever else happens on the machine happens to all of them, and ratios are formed within a
+//! turn.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use tokio::io::AsyncWriteExt as _;
+
+pub use self::job::{Job, Outcome};
+pub use self::report::{Ratio, Report, Row, Spread};
+pub use self::system::About;
+
+use self::job::Protocol;
+use self::pki::Pki;
+use self::report::{Measurements, Sample};
+use self::shape::Shape;
+use self::system::{Running, System};
+
+mod chart;
+mod job;
+pub mod load;
+mod machine;
+mod pki;
+pub mod process;
+pub mod relay;
+mod report;
+mod shape;
+mod system;
+mod table;
+
+/// Time for all of a quick run but starting servers, in seconds.
+const QUICK: f64 = 170.0;
+/// Time that a measurement takes besides warming up and measuring, in seconds.
+const OVERHEAD: f64 = 0.35;
+/// Time for a measurement beyond its own, after which it is given up. Ten thousand handshakes take a
+/// while.
+const GRACE: Duration = Duration::from_secs(120);
+/// Time for a server to come to rest after a measurement.
+const REST: Duration = Duration::from_secs(5);
+
+/// What to compare, and how long.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The shapes that goals are set for, in less than four minutes.
+    pub quick: bool,
+    /// Turns of each shape. Default 5, quick 3.
+    pub rounds: Option<usize>,
+    /// Names of shapes or of their families; none for all.
+    pub shapes: Vec<String>,
+    /// Names of systems; none for all that are on the machine.
+    pub systems: Vec<String>,
+    /// Time that is measured in each turn. Default 3 s; quick: what the time allows.
+    pub seconds: Option<f64>,
+    /// Further peers.
+    pub peers: Option<PathBuf>,
+    /// Further NATS servers.
+    pub nats: Vec<PathBuf>,
+    /// Where servers keep their files. Default: the system's temporary folder.
+    pub dir: Option<PathBuf>,
+}
+
+/// Compares. `program` is the `selvedge` binary; `progress` is told each line of progress.
+///
+/// # Errors
+/// An unknown name, or a system that was asked for by name and cannot be measured.
+pub async fn run(
+    options: &Options,
+    program: &Path,
+    progress: &(dyn Fn(&str) + Sync),
+) -> anyhow::Result<Report> {
+    let files = process::raise_file_limit();
+    let (systems, missing) = system::find(options.peers.as_deref(), &options.nats)?;
+    let mut left_out = Vec::new();
+    for line in missing {
+        progress(&line);
+        left_out.push(line);
+    }
+    let systems = chosen(systems, &options.systems, "system", |system, name| {
+        system.name == name
+    })?;
+    let mut shapes = chosen(shape::all(), &options.shapes, "shape", Shape::is_called)?;
+    if options.quick && options.shapes.is_empty() {
+        shapes.retain(|shape| shape.quick);
+    }
+    let rounds = options.rounds.unwrap_or(if options.quick { 3 } else { 5 });
+    ensure!(rounds > 0, "expected one round at least");
+
+    let folder = match &options.dir {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    };
+    let folder = folder.context("make a temporary folder")?;
+    let root = folder.path().canonicalize()?;
+    let pki = Pki::make(&root.join("pki"))?;
+    let seconds = options.seconds.unwrap_or_else(|| {
+        if options.quick {
+            quick_seconds(&shapes, &systems, rounds)
+        } else {
+            3.0
+        }
+    });
+    let warm_up = (seconds / 3.0).min(1.0);
+    let machine = machine::describe(&root);
+    let mut measurements = Measurements::default();
+    for (place, shape) in shapes.iter().enumerate() {
+        if shape.files() > files {
+            let line = format!(
+                "{} is left out: it needs {} open files and the limit is {files}",
+                shape.name,
+                shape.files()
+            );
+            progress(&line);
+            left_out.push(line);
+            continue;
+        }
+        let bench = Bench {
+            program,
+            pki: &pki,
+            root: &root,
+            shape,
+            warm_up,
+            seconds,
+            progress,
+        };
+        let suited: Vec<&System> = systems
+            .iter()
+            .filter(|system| shape.suits(system.protocol))
+            .collect();
+        // Starting a thousand connections again tells nothing that is worth the time of a quick run.
+        let rounds = if shape.is_idle() && options.quick {
+            1
+        } else {
+            rounds
+        };
+        bench
+            .measure(place, &suited, rounds, &mut measurements)
+            .await;
+    }
+    let about = systems.iter().map(|system| system.about(program)).collect();
+    let report = Report::new(measurements, about, machine, left_out, rounds, seconds);
+    folder.close().context("remove the temporary folder")?;
+    Ok(report)
+}
+
+/// The items that are called by one of these names, or all.
+fn chosen<T>(
+    mut all: Vec<T>,
+    names: &[String],
+    what: &str,
+    is_called: impl Fn(&T, &str) -> bool,
+) -> anyhow::Result<Vec<T>> {
+    for name in names {
+        if !all.iter().any(|item| is_called(item, name)) {
+            bail!("there is no {what} {name:?} here: see `selvedge bench compare --help`");
+        }
+    }
+    if !names.is_empty() {
+        all.retain(|item| names.iter().any(|name| is_called(item, name)));
+    }
+    Ok(all)
+}
+
+/// Time to measure so that all of a quick run fits into its time.
+fn quick_seconds(shapes: &[Shape], systems: &[System], rounds: usize) -> f64 {
+    let protocols = || systems.iter().map(|system| system.protocol);
+    let count = |shape: &Shape| -> usize {
+        let suited = |protocol: &Protocol| shape.suits(*protocol);
+        protocols().filter(suited).count()
+    };
+    let busy = shapes.iter().filter(|shape| !shape.is_idle());
+    let measurements = rounds * busy.map(count).sum::<usize>();
+    let each = QUICK / measurements.max(1) as f64 - OVERHEAD;
+    // A third of it more is for warming up.
+    (each * 0.75).clamp(0.3, 2.0)
+}
+
+/// One shape of work.
+struct Bench<'a> {
+    program: &'a Path,
+    pki: &'a Pki,
+    root: &'a Path,
+    shape: &'a Shape,
+    warm_up: f64,
+    seconds: f64,
+    progress: &'a (dyn Fn(&str) + Sync),
+}
+
+impl Bench<'_> {
+    /// Measures all systems in turns. What fails is noted, and the rest goes on.
+    async fn measure(
+        &self,
+        place: usize,
+        systems: &[&System],
+        rounds: usize,
+        measurements: &mut Measurements,
+    ) {
+        let name = &self.shape.name;
+        let mut running: Vec<(&System, Option<Running>)> = Vec::new();
+        // One that was never idle has no memory to compare with, so each turn needs a new server.
+        let afresh = self.shape.is_idle();
+        for system in systems {
+            let server = match afresh {
+                true => None,
+                false => match self.start(system, &format!("{place}")).await {
+                    Ok(server) => Some(server),
+                    Err(error) => {
+                        self.fail(measurements, system, &error);
+                        continue;
+                    }
+                },
+            };
+            running.push((system, server));
+        }
+        for round in 0..rounds {
+            for (system, server) in &running {
+                let own;
+                let server = match server {
+                    Some(server) => server,
+                    None => match self.start(system, &format!("{place}-{round}")).await {
+                        Ok(server) => {
+                            own = server;
+                            &own
+                        }
+                        Err(error) => {
+                            self.fail(measurements, system, &error);
+                            continue;
+                        }
+                    },
+                };
+                let outcome = self.once(system.protocol, server, round).await;
+                match outcome {
+                    Ok(outcome) if outcome.count > 0 => {
+                        let sample = Sample::new(&outcome, self.shape);
+                        (self.progress)(&format!(
+                            "{name} {}/{rounds} {}: {sample}",
+                            round + 1,
+                            system.name
+                        ));
+                        measurements.add(self.shape, &system.name, round, sample);
+                    }
+                    Ok(_) => {
+                        let error = anyhow::anyhow!("nothing was delivered");
+                        self.fail(measurements, system, &error);
+                    }
+                    Err(error) => self.fail(measurements, system, &error),
+                }
+            }
+        }
+    }
+
+    fn fail(&self, measurements: &mut Measurements, system: &System, error: &anyhow::Error) {
+        let line = format!("{} {} failed: {error:#}", self.shape.name, system.name);
+        (self.progress)(&line);
+        measurements.failures.push(line);
+    }
+
+    async fn start(&self, system: &System, place: &str) -> anyhow::Result<Running> {
+        let dir = self.root.join(format!("{}-{place}", system.name));
+        system.start(self.program, self.pki, &dir).await
+    }
+
+    /// One measurement by a load process of its own.
+    async fn once(
+        &self,
+        protocol: Protocol,
+        server: &Running,
+        round: usize,
+    ) -> anyhow::Result<Outcome> {
+        let job = Job {
+            protocol,
+            address: server.address,
+            server: server.id(),
+            pki: self.pki.folder.clone(),
+            run: format!("r{round}"),
+            task: self.shape.task(self.warm_up, self.seconds),
+        };
+        let own = self.program.display().to_string();
+        let command = process::guarded(self.program, &[own, "bench".into(), "load".into()]);
+        let mut load = tokio::process::Command::from(command)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .context("start a load process")?;
+        let mut stdin = load.stdin.take().context("it has no input")?;
+        stdin.write_all(&serde_json::to_vec(&job)?).await?;
+        drop(stdin);
+        let patience = GRACE + Duration::from_secs_f64(self.warm_up + self.seconds);
+        let done = tokio::time::timeout(patience, load.wait_with_output())
+            .await
+            .context("the load process did not end in time")??;
+        if !done.status.success() {
+            let said = String::from_utf8_lossy(&done.stderr);
+            bail!(
+                "{}",
+                said.lines().last().unwrap_or("it said nothing").trim()
+            );
+        }
+        let outcome = serde_json::from_slice(&done.stdout).context("read the load's result")?;
+        process::settle(server.id(), REST).await?;
+        Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_name_is_refused() {
+        let error = chosen(vec!["a"], &["b".into()], "shape", |item, name| {
+            *item == name
+        });
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "there is no shape \"b\" here: see `selvedge bench compare --help`"
+        );
+    }
+
+    #[test]
+    fn a_quick_run_fits_into_its_time() {
+        let (systems, _) = system::find(None, &[]).unwrap();
+        let mut shapes = shape::all();
+        shapes.retain(|shape| shape.quick);
+        let seconds = quick_seconds(&shapes, &systems, 3);
+        assert!((0.3..=2.0).contains(&seconds), "{seconds}");
+    }
+}

@@ -1,0 +1,200 @@
+//! `selvedge bench`: this broker beside its peers, in one run.
+
+use std::io::Read as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use selvedge_bench::compare::{self, Job, Options, load, process, relay};
+
+use crate::output;
+use crate::signals::Signals;
+
+/// What a run that was stopped by a signal exits with.
+const STOPPED: u8 = 130;
+
+/// `selvedge bench`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  selvedge bench compare --quick")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Measure this broker, a bare QUIC relay, nats-server and mosquitto in turns.
+    Compare(Compare),
+    /// Be the clients of one measurement: read it from standard input, write the result.
+    #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
+    Load,
+    /// Be the bare relay.
+    #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
+    Relay(Relay),
+    /// Become a command that ends when the process does that started this one.
+    #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
+    Guard(Guard),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  cargo run --release -- bench compare --quick
+  selvedge bench compare --shapes 1:1 --systems selvedge,nats --rounds 7
+  selvedge bench compare --nats ~/nats-2.15/nats-server
+
+Every system runs as a process of its own, over mutual TLS on the same certificates; the clients
+are in another process. Systems take turns, and each ratio is formed within a turn. nats-server and
+mosquitto are found in PATH, and left out with a word when they are not there.
+
+Shapes, with the size of a message after a slash: 1:1, 1:20, 20-pairs, 1:1000; qos1-memory,
+qos1-stored, qos1-disk and these with -20-pairs; latency; connections-10, -1000, -10000;
+subscriptions-1, -1000, -100000; idle. `1:1` is all sizes, `1:1/256B` one.
+
+A file for --config, where {port}, {dir}, {ca}, {cert}, {key} and {config} are filled in:
+  [[peer]]
+  name = \"another\"
+  protocol = \"mqtt\"                    # or nats
+  command = [\"another-broker\", \"-c\", \"{config}\"]
+  config = \"tls.listener = 127.0.0.1:{port}\"
+  version = [\"--version\"]
+
+Without --quick, JSON, tables and charts are written to the folder of --out. Needs Linux.")]
+struct Compare {
+    /// Only the shapes that goals are set for, in less than four minutes; writes no files.
+    #[arg(long)]
+    quick: bool,
+    /// Write one JSON object to standard output instead of tables.
+    #[arg(long)]
+    json: bool,
+    /// Turns of each shape. Default: 5, with --quick 3.
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Shapes, separated by commas. Default: all, with --quick those with goals.
+    #[arg(long, value_delimiter = ',', value_name = "SHAPES")]
+    shapes: Vec<String>,
+    /// Systems, separated by commas. Default: all that are here.
+    #[arg(long, value_delimiter = ',', value_name = "SYSTEMS")]
+    systems: Vec<String>,
+    /// Folder for results.
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    out: PathBuf,
+    /// Further peers that speak NATS or MQTT.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A further NATS server, called nats-<its version>. May be given more than once.
+    #[arg(long, value_name = "PROGRAM", env = "SELVEDGE_BENCH_NATS")]
+    nats: Vec<PathBuf>,
+    /// Folder for what servers store; its file system is what the disk shapes measure. Default: the
+    /// system's folder for temporary files.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Time that is measured in each turn.
+    #[arg(long, hide = true, value_name = "SECONDS")]
+    seconds: Option<f64>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Relay {
+    /// Its certificate.
+    #[arg(long, value_name = "FILE")]
+    cert: PathBuf,
+    /// Its key.
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// The authority of its clients.
+    #[arg(long, value_name = "FILE")]
+    ca: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct Guard {
+    /// The process that starts this one.
+    #[arg(long, value_name = "PID")]
+    parent: u32,
+    /// The command to become.
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+impl Args {
+    /// Whether results, and failures with them, are JSON.
+    pub(crate) fn json(&self) -> bool {
+        matches!(&self.command, Command::Compare(args) if args.json)
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Compare(args) => crate::block_on(run_compare(args)),
+        Command::Load => crate::block_on(run_load()),
+        Command::Relay(args) => crate::block_on(run_relay(args)),
+        Command::Guard(args) => {
+            process::become_guarded(args.parent, &args.command)?;
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+async fn run_compare(args: Compare) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::listen()?;
+    let program = std::env::current_exe().context("find this program")?;
+    if cfg!(debug_assertions) {
+        output::note("this is not an optimised build: its figures mean nothing");
+    }
+    let options = Options {
+        quick: args.quick,
+        rounds: args.rounds,
+        shapes: args.shapes,
+        systems: args.systems,
+        seconds: args.seconds,
+        peers: args.config,
+        nats: args.nats,
+        dir: args.dir,
+    };
+    let progress = |line: &str| output::note(line);
+    let report = tokio::select! {
+        report = compare::run(&options, &program, &progress) => report?,
+        // Servers end, and their folder goes, as the run is dropped.
+        () = signals.next() => return Ok(ExitCode::from(STOPPED)),
+    };
+    if !args.quick {
+        for file in report.save(&args.out)? {
+            output::note(format_args!("wrote {}", file.display()));
+        }
+    }
+    if args.json && args.quick {
+        output::line(report.brief())?;
+    } else if args.json {
+        output::line(serde_json::to_string(&report)?)?;
+    } else {
+        output::line(report.table())?;
+    }
+    Ok(if report.failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+async fn run_load() -> anyhow::Result<ExitCode> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .context("read the job")?;
+    let job: Job = serde_json::from_str(&text).context("read the job")?;
+    let outcome = load::run(job).await?;
+    output::line(serde_json::to_string(&outcome)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run_relay(args: Relay) -> anyhow::Result<ExitCode> {
+    let endpoint = relay::bind(&args.cert, &args.key, &args.ca)?;
+    output::line(format_args!("quic={}", endpoint.local_addr()?))?;
+    output::line("ready")?;
+    relay::serve(endpoint).await;
+    Ok(ExitCode::SUCCESS)
+}
