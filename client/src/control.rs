@@ -311,6 +311,9 @@ impl Control {
             for subscribed in state.subscriptions.values_mut() {
                 subscribed.confirmed = false;
                 subscribed.sent = false;
+                if let Some(replay) = subscribed.wire.replay {
+                    subscribed.wire.replay = Some(subscribed.route.rest_of(replay));
+                }
             }
         }
         if session_present && !unwanted.is_empty() {

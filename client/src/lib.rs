@@ -46,7 +46,7 @@ pub use serve::{IncomingCall, Responder, ServeError, ServeOptions};
 pub use state::State;
 pub use stats::ClientStats;
 pub use subscription::{
-    Message, Overflow, RetainHandling, SubscribeError, SubscribeOptions, Subscription,
+    Message, Overflow, Replay, RetainHandling, SubscribeError, SubscribeOptions, Subscription,
 };
 pub use work::{
     AnswerInfo, IncomingInference, LoadReport, ModelRegistration, WorkError, WorkerHandle,

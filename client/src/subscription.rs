@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll, Waker};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use futures_core::Stream;
@@ -49,6 +50,59 @@ pub enum RetainHandling {
     DoNotSend,
 }
 
+/// Which part of their history topics deliver first, where the broker is configured to keep any. The
+/// bounds that are given all hold.
+///
+/// Nothing is missing between the replay and what is published from then on, and nothing comes twice.
+/// Replayed messages say when they were [published](Message::published); they are never dropped in
+/// this process, their lane waits instead. The replay is not repeated as long as the broker keeps the
+/// session. When it does not, the client asks again: for everything since the last message that was
+/// replayed, if it has seen the end of the replay, and else for the same replay. So messages may come
+/// again then, and none is missing that the history still has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Replay {
+    last: Option<u32>,
+    since: Option<SystemTime>,
+    until: Option<SystemTime>,
+}
+
+impl Replay {
+    /// All that is kept.
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    /// The last so many messages of each topic, at least one.
+    pub fn last(count: u32) -> Self {
+        Self {
+            last: Some(count.max(1)),
+            ..Self::default()
+        }
+    }
+
+    /// Only what was published at or after this time, by the broker's clock.
+    #[must_use]
+    pub fn since(mut self, time: SystemTime) -> Self {
+        self.since = Some(time);
+        self
+    }
+
+    /// Only what was published before this time, by the broker's clock.
+    #[must_use]
+    pub fn until(mut self, time: SystemTime) -> Self {
+        self.until = Some(time);
+        self
+    }
+
+    fn to_wire(self) -> wire::Replay {
+        wire::Replay {
+            last: self.last.unwrap_or_default(),
+            from_ms: self.since.map(unix_ms),
+            until_ms: self.until.map(unix_ms),
+        }
+    }
+}
+
 /// How to subscribe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubscribeOptions {
@@ -68,6 +122,9 @@ pub struct SubscribeOptions {
     /// one that the network loses is not sent again, and holds up none behind it. Retained and
     /// replayed messages and all others come on lanes as ever. Implies `own_lane`. Default: false.
     pub datagrams: bool,
+    /// Deliver a part of the topics' history first, instead of retained messages. Refused where no
+    /// topic of the filter keeps history, and for a share group. Implies `own_lane`. Default: none.
+    pub replay: Option<Replay>,
     /// What the broker does when this subscriber is too slow. Anything but the default implies
     /// `own_lane`, since the lanes that subscriptions share have one queue.
     pub overflow: Overflow,
@@ -88,6 +145,7 @@ impl Default for SubscribeOptions {
             own_lane: false,
             retain_as_published: false,
             datagrams: false,
+            replay: None,
             overflow: Overflow::Default,
             queue: 4096,
             manual_ack: false,
@@ -143,7 +201,7 @@ impl SubscribeOptions {
             overflow: overflow.into(),
             own_lane: self.own_lane || self.overflow != Overflow::Default,
             retain_as_published: self.retain_as_published,
-            replay: None,
+            replay: self.replay.map(Replay::to_wire),
             datagrams: self.datagrams,
         }
     }
@@ -176,6 +234,11 @@ impl Message {
     pub fn properties(&self) -> &Properties {
         static NONE: LazyLock<Properties> = LazyLock::new(Properties::default);
         self.properties.as_deref().unwrap_or(&NONE)
+    }
+
+    /// When the broker took it, for a message that is replayed from the history.
+    pub fn published(&self) -> Option<SystemTime> {
+        self.properties().published
     }
 
     /// Acknowledges a QoS 1 message of a subscription with
@@ -304,6 +367,8 @@ pub(crate) struct Route {
     max_qos: Qos,
     manual_ack: bool,
     limit: usize,
+    /// It began with a replay.
+    replays: bool,
     queue: Mutex<Queue>,
     /// Told when there is room again.
     room: Notify,
@@ -318,6 +383,17 @@ struct Queue {
     waited_for: bool,
     /// Set when no more will come; with the status if the broker refused.
     ended: Option<Option<Status>>,
+    /// How far the replay has come that the subscription began with, by class.
+    replayed: [Replayed; 3],
+}
+
+/// How far the replay of one class has come.
+#[derive(Debug, Default)]
+struct Replayed {
+    /// When the latest message was published.
+    upto: Option<SystemTime>,
+    /// What came after the replay has begun to come.
+    ended: bool,
 }
 
 /// What became of messages offered to a route.
@@ -339,11 +415,13 @@ impl Route {
             owns_lane: options.own_lane
                 || options.retain_as_published
                 || options.datagrams
+                || options.replay.is_some()
                 || options.overflow != Overflow::Default
                 || target.share.is_some(),
             max_qos: options.max_qos,
             manual_ack: options.manual_ack,
             limit: options.queue.max(1),
+            replays: options.replay.is_some(),
             queue: Mutex::default(),
             room: Notify::new(),
         }
@@ -381,11 +459,14 @@ impl Route {
             while let Some(message) = batch.front() {
                 let full = queue.messages.len() >= self.limit
                     || (queue.bytes >= QUEUE_BYTES && !queue.messages.is_empty());
-                if full && message.ticket.is_some() {
+                if full && (message.ticket.is_some() || message.published().is_some()) {
                     queue.waited_for = true;
                     break;
                 }
                 let message = batch.pop_front().expect("there is a front");
+                if self.replays {
+                    queue.replayed[message.class.index()].note(message.published());
+                }
                 if full {
                     offered.dropped += 1;
                     continue;
@@ -405,6 +486,24 @@ impl Route {
             reader.wake();
         }
         offered
+    }
+
+    /// What to ask for in place of `replay` when the broker has lost the session. Another replay begins
+    /// with it.
+    pub(crate) fn rest_of(&self, replay: wire::Replay) -> wire::Replay {
+        let replayed = std::mem::take(&mut lock(&self.queue).replayed);
+        let begun = || replayed.iter().filter(|class| class.upto.is_some());
+        let upto = begun().filter_map(|class| class.upto).max();
+        match upto {
+            // Its end may not have come yet, and topic comes after topic, so times say nothing.
+            _ if begun().any(|class| !class.ended) => replay,
+            None => replay,
+            Some(upto) => wire::Replay {
+                last: 0,
+                from_ms: replay.from_ms.max(Some(unix_ms(upto))),
+                ..replay
+            },
+        }
     }
 
     /// Resolves when there is room again; ask before [`Self::offer`].
@@ -467,6 +566,21 @@ impl Route {
         }
         Poll::Ready(true)
     }
+}
+
+impl Replayed {
+    fn note(&mut self, published: Option<SystemTime>) {
+        match published {
+            Some(_) => self.upto = self.upto.max(published),
+            None => self.ended = true,
+        }
+    }
+}
+
+/// Milliseconds since 1970.
+fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Drops messages as taken.

@@ -2,11 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::VecDeque;
+use std::time::{Duration, SystemTime};
+
 use selvedge_proto::frame::FrameDecoder;
-use selvedge_proto::topic::SubscribeTarget;
+use selvedge_proto::message::{Class, Properties, Qos};
+use selvedge_proto::topic::{SubscribeTarget, TopicName};
 
 use super::*;
-use crate::subscription::SubscribeOptions;
+use crate::subscription::{Message, Replay, SubscribeOptions};
 
 fn subscribe(control: &Control, filter: &str) -> (Arc<Route>, Answer) {
     let target = SubscribeTarget::parse(filter).unwrap();
@@ -156,4 +160,75 @@ async fn restored_is_said_when_everything_is_answered_and_not_before() {
     control.connected(false);
     exchange(&control, &Status::new(Code::PermissionDenied, "no"));
     control.restored().await;
+}
+
+fn came(class: Class, published: Option<u64>) -> Message {
+    let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
+    let properties = published.map(|ms| {
+        Box::new(Properties {
+            published: Some(at(ms)),
+            ..Properties::default()
+        })
+    });
+    Message {
+        topic: TopicName::parse("a").unwrap(),
+        publisher: "p".into(),
+        payload: Default::default(),
+        qos: Qos::AtMostOnce,
+        retain: false,
+        duplicate: false,
+        class,
+        properties,
+        ticket: None,
+        receipt: None,
+    }
+}
+
+#[test]
+fn a_lost_session_asks_for_the_replay_again_or_for_what_came_after_it() {
+    let control = Control::new();
+    let target = SubscribeTarget::parse("a").unwrap();
+    let options = SubscribeOptions {
+        replay: Some(Replay::last(10)),
+        ..SubscribeOptions::default()
+    };
+    let route = |id| Arc::new(Route::new(id, &target, &options));
+    let (route, _answer) = control.subscribe(options.to_wire(&target), route).unwrap();
+    let offer = |class, published| {
+        route.offer(&mut VecDeque::from([came(class, published)]));
+    };
+    let asked = || {
+        control.disconnected();
+        control.connected(false);
+        let mut decoder = FrameDecoder::new(1 << 16);
+        decoder.push(control.take_outgoing().freeze());
+        let frame = decoder.next_frame().unwrap().unwrap();
+        let frame: wire::Control = frame::decode("control", frame.body).unwrap();
+        let Some(Frame::Subscribe(subscribe)) = frame.frame else {
+            panic!("unexpected frame {frame:?}");
+        };
+        let replay = subscribe.subscriptions[0].replay.unwrap();
+        (replay.last, replay.from_ms)
+    };
+    assert_eq!(asked(), (10, None));
+    // It broke off: the whole of it again.
+    offer(Class::Normal, Some(5));
+    offer(Class::Normal, Some(3));
+    assert_eq!(asked(), (10, None));
+    // In one class it may not be complete.
+    offer(Class::Normal, Some(5));
+    offer(Class::Bulk, Some(9));
+    offer(Class::Normal, None);
+    assert_eq!(asked(), (10, None));
+    // What is live tells that it is.
+    offer(Class::Normal, Some(5));
+    offer(Class::Normal, None);
+    assert_eq!(asked(), (0, Some(5)));
+    // The same holds for what was asked for then.
+    assert_eq!(asked(), (0, Some(5)));
+    offer(Class::Normal, Some(7));
+    assert_eq!(asked(), (0, Some(5)));
+    offer(Class::Normal, Some(7));
+    offer(Class::Normal, None);
+    assert_eq!(asked(), (0, Some(7)));
 }
