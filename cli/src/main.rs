@@ -10,6 +10,7 @@ mod connect;
 mod demo;
 mod dev;
 mod duration;
+mod explain;
 mod fabric;
 mod infer;
 mod logging;
@@ -68,6 +69,8 @@ enum Command {
     Policy(policy::Args),
     /// Manage the users of the MQTT listener.
     Mqtt(mqtt::Args),
+    /// Say where a message went, and what a client or a topic has to do with it.
+    Explain(explain::Args),
     /// Publish messages.
     Pub(publish::Args),
     /// Subscribe to topics and print their messages.
@@ -103,6 +106,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Certs(args) => certs::run(args),
         Command::Policy(args) => policy::run(args),
         Command::Mqtt(args) => mqtt::run(args),
+        Command::Explain(args) => block_on(explain::run(args)),
         Command::Pub(args) => block_on(publish::run(args)),
         Command::Sub(args) => block_on(subscribe::run(args)),
         Command::Call(args) => block_on(call::run(args)),
@@ -144,6 +148,7 @@ impl Command {
             Self::Broker(args) => args.json,
             Self::Certs(args) => args.json(),
             Self::Policy(args) => args.json(),
+            Self::Explain(args) => args.json,
             Self::Pub(args) => args.json,
             Self::Sub(args) => args.json,
             Self::Call(args) => args.json,
