@@ -8,6 +8,7 @@ mod bridge;
 mod calls;
 mod datagrams;
 mod durability;
+mod explain;
 mod hostile;
 mod identity;
 mod inference;
