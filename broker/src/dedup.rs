@@ -53,8 +53,8 @@ impl Dedup {
     }
 
     /// Whether this is the first message of the publisher with this id. The id is remembered from
-    /// now on, in the store too when `keep` says that the message is one to be kept.
-    pub fn first(&self, publisher: &Identity, id: &Bytes, keep: bool, now: Instant) -> bool {
+    /// now on, and outlives the process with [`Self::keep`].
+    pub fn first(&self, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
         let mut window = self.window.lock();
         self.forget_old(&mut window, now);
         // Not a slice of the message it came with, which would keep that alive.
@@ -62,16 +62,21 @@ impl Dedup {
         if !window.seen.insert(key.clone()) {
             return false;
         }
-        if let Some(store) = self.store.as_ref().filter(|_| keep) {
+        window.order.push_back((now, key));
+        true
+    }
+
+    /// Remembers an id in the store too. Only once the message is in the store: an id that is there
+    /// alone after a crash would pass the message, when it is sent again, for one that is kept.
+    pub fn keep(&self, publisher: &Identity, id: &Bytes) {
+        if let Some(store) = &self.store {
             store.put(Change::PutMessageId {
                 tenant: Arc::clone(&self.tenant),
                 publisher: publisher.uri().into(),
-                id: key.1.clone(),
+                id: Bytes::copy_from_slice(id),
                 until: SystemTime::now() + self.span,
             });
         }
-        window.order.push_back((now, key));
-        true
     }
 
     /// Puts back an id that the store kept, `left` being the time it is still remembered.
@@ -138,10 +143,10 @@ mod tests {
         let span = Duration::from_secs(10);
         let window = Dedup::new("acme".into(), span, 100, None);
         let (now, id) = (Instant::now(), Bytes::from_static(b"1"));
-        assert!(window.first(&publisher("a"), &id, true, now));
-        assert!(!window.first(&publisher("a"), &id, true, now + span / 2));
-        assert!(window.first(&publisher("b"), &id, true, now));
-        assert!(window.first(&publisher("a"), &id, true, now + span));
+        assert!(window.first(&publisher("a"), &id, now));
+        assert!(!window.first(&publisher("a"), &id, now + span / 2));
+        assert!(window.first(&publisher("b"), &id, now));
+        assert!(window.first(&publisher("a"), &id, now + span));
     }
 
     #[test]
@@ -149,11 +154,11 @@ mod tests {
         let window = Dedup::new("acme".into(), Duration::from_secs(10), 3, None);
         let now = Instant::now();
         for id in 0..10u8 {
-            assert!(window.first(&publisher("a"), &Bytes::from(vec![id]), true, now));
+            assert!(window.first(&publisher("a"), &Bytes::from(vec![id]), now));
         }
         assert_eq!(window.len(), 3);
-        assert!(!window.first(&publisher("a"), &Bytes::from(vec![9]), true, now));
-        assert!(window.first(&publisher("a"), &Bytes::from(vec![0]), true, now));
+        assert!(!window.first(&publisher("a"), &Bytes::from(vec![9]), now));
+        assert!(window.first(&publisher("a"), &Bytes::from(vec![0]), now));
     }
 
     #[test]
@@ -162,7 +167,7 @@ mod tests {
         let window = Dedup::new("acme".into(), span, 100, None);
         let (now, id) = (Instant::now() + span, Bytes::from_static(b"1"));
         window.restore(&publisher("a"), &id, span / 4, now);
-        assert!(!window.first(&publisher("a"), &id, true, now + span / 5));
-        assert!(window.first(&publisher("a"), &id, true, now + span / 3));
+        assert!(!window.first(&publisher("a"), &id, now + span / 5));
+        assert!(window.first(&publisher("a"), &id, now + span / 3));
     }
 }

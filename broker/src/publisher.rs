@@ -439,9 +439,8 @@ impl Publisher {
         } else {
             Ok(())
         };
-        let kept = batch.qos != Qos::AtMostOnce;
-        let first = retained.is_ok()
-            && (id.is_empty() || self.tenant.dedup.first(&self.identity, id, kept, now));
+        let first =
+            retained.is_ok() && (id.is_empty() || self.tenant.dedup.first(&self.identity, id, now));
         if !first {
             release(plan.into_iter().flatten());
             // The same id on another connection of the publisher was quicker.
@@ -449,6 +448,9 @@ impl Publisher {
         }
         topic.outcome.stored |= message.retain && self.fabric.store.is_some();
         self.hand_out(topic, &batch, plan);
+        if !id.is_empty() && batch.qos != Qos::AtMostOnce {
+            self.tenant.dedup.keep(&self.identity, id);
+        }
         Ok(())
     }
 
