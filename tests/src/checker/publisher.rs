@@ -15,7 +15,7 @@ use selvedge_client::{
 use tokio_util::sync::CancellationToken;
 
 use super::book::Book;
-use super::ledger::StreamId;
+use super::ledger::{Ids, StreamId};
 use super::message;
 
 /// Bytes on their way. Below what the client holds unsent, so that no publish waits for room: two
@@ -30,6 +30,8 @@ pub(crate) struct Publisher {
     pub(crate) options: Options,
     pub(crate) streams: Vec<(StreamId, String)>,
     pub(crate) demand: Durability,
+    /// Whether its messages have ids, so that none is taken twice.
+    pub(crate) ids: Ids,
     /// Messages on their way.
     pub(crate) window: usize,
     pub(crate) random: StdRng,
@@ -121,12 +123,16 @@ impl Publisher {
         let stream = *stream;
         let number = self
             .book
-            .enter(|ledger| ledger.published(stream, self.demand));
+            // Every reader has a kept session and the broker has a store, so its default is disk.
+            .enter(|ledger| ledger.published(stream, Durability::Disk));
         let payload = message::encode(stream, number);
         let bytes = payload.len();
-        let message = Publish::new(topic, payload)
+        let mut message = Publish::new(topic, payload)
             .qos(Qos::AtLeastOnce)
             .durability(self.demand);
+        if self.ids == Ids::With {
+            message = message.message_id(format!("{}:{number}", stream.0));
+        }
         let client = client.clone();
         let mut answer = Box::pin(async move { client.publish_message(message).await });
         // The client takes a message when its future is first polled, which settles the order.

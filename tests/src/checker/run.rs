@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::book::Book;
-use super::ledger::{Counts, Ledger, Verdict};
+use super::ledger::{Counts, Ids, Ledger, Memory, Verdict};
 use super::plan::{Fault, Plan, Side};
 use super::publisher::{Publisher, PublisherError};
 use super::reader::{EXPIRY, Presence, Reader, ReaderError};
@@ -42,7 +42,7 @@ pub struct Settings {
     pub seed: u64,
     /// How long it goes on.
     pub span: Span,
-    /// Clients that publish; every second one demands disk.
+    /// Clients that publish; every second one demands disk and gives ids.
     pub publishers: usize,
     /// Topics of each publisher.
     pub topics: usize,
@@ -274,8 +274,13 @@ impl Cast {
             let name = format!("reader-{index}");
             let (wanted, is_wanted) = watch::channel(Presence::Here);
             let (reached, is_reached) = watch::channel(Presence::Away);
+            let memory = if index + 1 == settings.readers {
+                Memory::Short
+            } else {
+                Memory::Long
+            };
             let reader = Reader {
-                id: cast.book.enter(|ledger| ledger.reader(&name)),
+                id: cast.book.enter(|ledger| ledger.reader(&name, memory)),
                 options: site
                     .options(&name, route(index))
                     .session("kept")
@@ -294,11 +299,12 @@ impl Cast {
         }
         for index in 0..settings.publishers {
             let name = format!("publisher-{index}");
+            let ids = [Ids::Without, Ids::With][index % 2];
             let streams = (0..settings.topics).map(|topic| {
                 let topic = format!("soak/{index}/{topic}");
                 let stream = cast
                     .book
-                    .enter(|ledger| ledger.stream(&Site::identity(&name), &topic));
+                    .enter(|ledger| ledger.stream(&Site::identity(&name), &topic, ids));
                 (stream, topic)
             });
             let publisher = Publisher {
@@ -309,6 +315,7 @@ impl Cast {
                 } else {
                     Durability::Disk
                 },
+                ids,
                 window: settings.window,
                 random: StdRng::seed_from_u64(random.random()),
                 book: cast.book.clone(),

@@ -25,6 +25,9 @@ const KEEP_ALIVE: Duration = Duration::from_millis(300);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes that one client may have unanswered.
 const OUTBOX: usize = 512 * 1024;
+/// Bytes that a reader's queue may have: more than an absence brings, since a full queue loses, as it
+/// should.
+const QUEUE: usize = 256 << 20;
 /// Where the devices are.
 const HOME: (&str, &str) = ("acme", "plant-1");
 
@@ -226,7 +229,7 @@ fn configuration(pki: &TestPki, store: &Path, quic: SocketAddr) -> String {
     let identity = pki.server_files();
     format!(
         "[identity]\ncert = {:?}\nkey = {:?}\ntrust = {:?}\n\n[policy]\nfile = \"policy.toml\"\n\n\
-         [listen]\nquic = \"{quic}\"\n\n[limits]\nidle_timeout = \"2s\"\n\n[store]\nfolder = {store:?}\n",
+         [listen]\nquic = \"{quic}\"\n\n[limits]\nidle_timeout = \"2s\"\nqueue_bytes = {QUEUE}\n\n[store]\nfolder = {store:?}\n",
         identity.cert, identity.key, identity.ca
     )
 }
