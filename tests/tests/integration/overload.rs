@@ -67,7 +67,7 @@ async fn a_subscriber_that_reads_nothing_delays_nobody_and_its_queue_stays_bound
 }
 
 /// The largest `queued_bytes` in the status of a broker.
-fn longest_queue(status: &str) -> u64 {
+pub(crate) fn longest_queue(status: &str) -> u64 {
     let numbers = status.split("\"queued_bytes\":").skip(1).map(|rest| {
         let digits = rest.split(|c: char| !c.is_ascii_digit()).next().unwrap();
         digits.parse().unwrap()
