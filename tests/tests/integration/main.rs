@@ -12,7 +12,7 @@ mod explain;
 mod hostile;
 mod identity;
 mod inference;
-mod message_ids;
+mod limits;
 mod mqtt;
 mod overload;
 mod policy;

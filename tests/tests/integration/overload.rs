@@ -115,10 +115,11 @@ async fn a_broker_that_is_full_says_so_and_takes_clients_again_when_there_is_roo
         .await
         .unwrap_err();
     match error {
-        ConnectError::Timeout { last, .. } => assert!(
-            last.contains("the server refused to accept a new connection"),
-            "{last}"
-        ),
+        ConnectError::Goodbye(status) => {
+            assert_eq!(status.code, Code::ResourceExhausted);
+            let sentence = "the broker has as many connections as it may: try again later";
+            assert_eq!(status.message, sentence);
+        }
         other => panic!("{other:?}"),
     }
     let limit = [("reason", "connection_limit")];
