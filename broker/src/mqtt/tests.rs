@@ -795,6 +795,20 @@ async fn each_breach_of_the_protocol_is_named_and_ends_only_its_connection() {
 }
 
 #[tokio::test]
+async fn an_identity_may_have_a_largest_packet_of_its_own() {
+    let mut limits = Limits::default();
+    limits.identity.message_bytes = Some(64 * 1024);
+    let broker = Broker::plaintext(limits).await;
+    let (mut client, ack) = broker.client(clean("small")).await;
+    assert_eq!(ack.max_packet_size, Some(64 * 1024));
+    // PUBLISH of a little more than 64 KiB, of which only the head comes.
+    let stream = client.framed.get_mut();
+    stream.write_all(b"\x30\x81\x80\x04").await.unwrap();
+    let code = v5::DisconnectReasonCode::PacketTooLarge;
+    assert_eq!(client.disconnected().await, code);
+}
+
+#[tokio::test]
 async fn what_is_not_a_connect_is_refused() {
     let broker = Broker::start().await;
     let answers: [(&[u8], &[u8]); 4] = [

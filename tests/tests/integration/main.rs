@@ -13,6 +13,7 @@ mod hostile;
 mod identity;
 mod inference;
 mod limits;
+mod message_ids;
 mod mqtt;
 mod overload;
 mod policy;
