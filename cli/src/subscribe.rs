@@ -1,14 +1,16 @@
 //! `selvedge sub`: subscribe to topics and print their messages.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{anyhow, bail};
 use selvedge_client::{
-    Client, Message, Overflow, Qos, Status, SubscribeError, SubscribeOptions, SubscribeTarget,
-    Subscription,
+    Client, Message, Overflow, Qos, Replay, Status, SubscribeError, SubscribeOptions,
+    SubscribeTarget, Subscription,
 };
 use serde_json::{Map, Value};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -23,6 +25,8 @@ use crate::{connect, duration};
 Example:
   selvedge sub 'sites/plant-1/#'
   selvedge sub --count 1 --timeout 10s --json sites/plant-1/press-7/temperature
+  selvedge sub --last 10 'sites/plant-1/#'
+  selvedge sub --since 10m 'sites/plant-1/#'
   selvedge sub '$share/workers/jobs/#'
 
 Runs until Ctrl-C, --count or --timeout. The exit code is 1 when a filter is refused, or when
@@ -46,6 +50,15 @@ pub(crate) struct Args {
     /// Receive QoS 0 messages in datagrams, for what is worthless when late: lost means lost.
     #[arg(long)]
     datagrams: bool,
+    /// Begin with the last N messages of each topic, as far as the broker keeps their history.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    last: Option<u32>,
+    /// Begin with the history since a time: so long ago (`10m`), or `2026-01-31T12:00:00Z`.
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    since: Option<SystemTime>,
+    /// Only the history before a time, given as for --since, and then what is published from now on.
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    until: Option<SystemTime>,
     /// Write one JSON object for each message.
     #[arg(long)]
     pub(crate) json: bool,
@@ -71,6 +84,39 @@ enum OverflowName {
     Refuse,
     /// Disconnect the subscriber.
     Disconnect,
+}
+
+impl Args {
+    /// The part of the history that is asked for, if any is.
+    fn replay(&self) -> Option<Replay> {
+        if self.last.is_none() && self.since.is_none() && self.until.is_none() {
+            return None;
+        }
+        let mut replay = self.last.map_or_else(Replay::all, Replay::last);
+        if let Some(since) = self.since {
+            replay = replay.since(since);
+        }
+        if let Some(until) = self.until {
+            replay = replay.until(until);
+        }
+        Some(replay)
+    }
+}
+
+/// Reads a moment: an age such as `10m`, or a date and time of RFC 3339.
+fn moment(text: &str) -> Result<SystemTime, String> {
+    if let Ok(ago) = duration::parse(text) {
+        return SystemTime::now()
+            .checked_sub(ago)
+            .ok_or_else(|| format!("{text:?} is too long ago"));
+    }
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map(SystemTime::from)
+        .map_err(|_| {
+            format!(
+                "expected an age such as 10m or a time such as 2026-01-31T12:00:00Z, found {text:?}"
+            )
+        })
 }
 
 /// A message, or why a subscription ended.
@@ -110,6 +156,7 @@ async fn print(client: &Client, args: &Args, signals: &mut Signals) -> anyhow::R
                 OverflowName::Disconnect => Overflow::Disconnect,
             },
             datagrams: args.datagrams,
+            replay: args.replay(),
             ..SubscribeOptions::default()
         };
         let subscription = client
@@ -182,6 +229,10 @@ fn write(message: &Message, args: &Args) -> std::io::Result<()> {
     if message.duplicate {
         flags.push_str(" duplicate");
     }
+    if let Some(published) = published(message) {
+        flags.push_str(" published=");
+        flags.push_str(&published);
+    }
     let publisher = output::escaped(&message.publisher);
     output::line(format_args!("{topic} {flags} from={publisher} {payload}"))
 }
@@ -194,6 +245,9 @@ fn json(message: &Message) -> Value {
     object.insert("qos".into(), (message.qos as u8).into());
     object.insert("retain".into(), message.retain.into());
     object.insert("duplicate".into(), message.duplicate.into());
+    if let Some(published) = published(message) {
+        object.insert("published".into(), published.into());
+    }
     let properties = message.properties();
     if !properties.message_id.is_empty() {
         let id = String::from_utf8_lossy(&properties.message_id);
@@ -215,9 +269,43 @@ fn json(message: &Message) -> Value {
     Value::Object(object)
 }
 
+/// When a replayed message was published.
+fn published(message: &Message) -> Option<String> {
+    let since = message.published()?.duration_since(SystemTime::UNIX_EPOCH);
+    let since = time::Duration::try_from(since.ok()?).ok()?;
+    let published = OffsetDateTime::UNIX_EPOCH.checked_add(since)?;
+    published.format(&Rfc3339).ok()
+}
+
 fn refused(target: &str, status: Status) -> anyhow::Error {
     anyhow::Error::new(Refused {
         what: format!("subscribe to {target}"),
         status,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_ages_or_dates() {
+        let hour = Duration::from_secs(3600);
+        let ago = moment("1h")
+            .expect("an age")
+            .elapsed()
+            .expect("it has passed");
+        assert!(ago >= hour && ago < hour * 2, "{ago:?}");
+        let date = SystemTime::UNIX_EPOCH + Duration::from_secs(1_769_860_800);
+        assert_eq!(moment("2026-01-31T12:00:00Z"), Ok(date));
+        assert_eq!(moment("2026-01-31T13:00:00+01:00"), Ok(date));
+        for bad in ["", "yesterday", "10", "2026-01-31"] {
+            assert_eq!(
+                moment(bad),
+                Err(format!(
+                    "expected an age such as 10m or a time such as 2026-01-31T12:00:00Z, found {bad:?}"
+                ))
+            );
+        }
+    }
 }
