@@ -96,6 +96,23 @@ listen = "127.0.0.1:9443"
 # once it is fsynced; durability = "memory" does not wait for the disk.
 folder = "store"
 durability = "disk"
+
+# What each identity, and each tenant, may use. Nothing is limited unless a key says so.
+# [limits.identity]
+# connections = 4
+# subscriptions = 1000
+# publish_rate = 1000
+# message_bytes = 1048576
+# queue_bytes = 67108864
+# inflight_bytes = 1048576
+# [limits.tenant]
+# connections = 10000
+# subscriptions = 100000
+# publish_rate = 50000
+# queue_bytes = 1073741824
+# [[limits.override]]
+# identities = ["dev/local/press-*"]
+# publish_rate = 100
 "##;
 
 /// The folder of a local fabric. One process at a time has it.
