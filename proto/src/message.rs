@@ -198,7 +198,9 @@ impl From<Properties> for wire::MessageHeader {
             hops: properties.hops,
             subscription_ids: Vec::new(),
             published_ms: properties.published.map(|time| {
-                let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let since = time
+                    .duration_since(SystemTime::UNIX_EPOCH)
+                    .unwrap_or_default();
                 u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
             }),
         }
