@@ -38,6 +38,12 @@ fuzz-brief:
 demo:
     @bash .ci/run demo
 
+# Attack the delivery contract for ten minutes, or as the arguments say: `just soak --duration 8h`.
+# Not a step of .ci/run: CI runs the short form, a test of the cli.
+soak *args:
+    cargo build --release -p selvedge-cli
+    cargo run --release -p selvedge-tests --bin soak -- --broker {{ CARGO_TARGET_DIR }}/release/selvedge {{ args }}
+
 # Everything CI runs, in its order
 ci:
     @bash .ci/run

@@ -21,24 +21,6 @@ pub struct StreamId(pub usize);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReaderId(pub usize);
 
-/// Whether the messages of a stream have ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ids {
-    /// They may come more than once.
-    Without,
-    /// A reader that remembers ids gets no message again that is marked as delivered before.
-    With,
-}
-
-/// Whether a reader's client lives from start to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Memory {
-    /// It ends now and then, and forgets the ids it has seen.
-    Short,
-    /// It remembers ids, and drops what it has had before.
-    Long,
-}
-
 /// A message as a reader received it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery<'a> {
@@ -94,17 +76,6 @@ pub enum Violation {
         times: u64,
         /// How often reader and publisher had reconnected, either of which may do that once.
         connections: u64,
-    },
-    /// A message with an id, marked as delivered before, was given again to an application that
-    /// had not ended in between.
-    #[error("repeated: {reader} got {number} of {stream} again, although its id and mark say so")]
-    Repeated {
-        /// Who got it.
-        reader: Arc<str>,
-        /// Publisher and topic.
-        stream: String,
-        /// Its number.
-        number: u64,
     },
     /// Delivered although nobody published it.
     #[error("{reader} got {number} of {stream}, which was never published")]
@@ -228,7 +199,6 @@ pub struct Ledger {
 struct Stream {
     publisher: Arc<str>,
     topic: Arc<str>,
-    ids: Ids,
     reconnects: u64,
     /// By number.
     fates: Vec<Fate>,
@@ -245,7 +215,6 @@ enum Fate {
 #[derive(Debug)]
 struct Reader {
     name: Arc<str>,
-    memory: Memory,
     reconnects: u64,
     /// By stream.
     seen: Vec<Seen>,
@@ -285,11 +254,10 @@ impl Fate {
 
 impl Ledger {
     /// Adds a publisher's topic.
-    pub fn stream(&mut self, publisher: &str, topic: &str, ids: Ids) -> StreamId {
+    pub fn stream(&mut self, publisher: &str, topic: &str) -> StreamId {
         self.streams.push(Stream {
             publisher: publisher.into(),
             topic: topic.into(),
-            ids,
             reconnects: 0,
             fates: Vec::new(),
         });
@@ -300,10 +268,9 @@ impl Ledger {
     }
 
     /// Adds a reader, which wants everything that is published from now on.
-    pub fn reader(&mut self, name: &str, memory: Memory) -> ReaderId {
+    pub fn reader(&mut self, name: &str) -> ReaderId {
         self.readers.push(Reader {
             name: name.into(),
-            memory,
             reconnects: 0,
             seen: self.streams.iter().map(|_| Seen::default()).collect(),
         });
@@ -401,19 +368,10 @@ impl Ledger {
         }
         seen.last = Some(number);
         if seen.has(number) {
-            if !delivery.duplicate {
+            if delivery.duplicate {
+                self.counts.marked_repeats += 1;
+            } else {
                 self.counts.unmarked_repeats += 1;
-                return;
-            }
-            self.counts.marked_repeats += 1;
-            let reader = &self.readers[reader.0];
-            if (record.ids, reader.memory) == (Ids::With, Memory::Long) {
-                let violation = Violation::Repeated {
-                    reader: Arc::clone(&reader.name),
-                    stream: record.to_string(),
-                    number,
-                };
-                self.violated(violation);
             }
             return;
         }

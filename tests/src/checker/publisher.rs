@@ -15,7 +15,7 @@ use selvedge_client::{
 use tokio_util::sync::CancellationToken;
 
 use super::book::Book;
-use super::ledger::{Ids, StreamId};
+use super::ledger::StreamId;
 use super::message;
 
 /// Bytes on their way. Below what the client holds unsent, so that no publish waits for room: two
@@ -30,8 +30,8 @@ pub(crate) struct Publisher {
     pub(crate) options: Options,
     pub(crate) streams: Vec<(StreamId, String)>,
     pub(crate) demand: Durability,
-    /// Whether its messages have ids, so that none is taken twice.
-    pub(crate) ids: Ids,
+    /// Its messages have ids, so that the broker takes none of them twice.
+    pub(crate) with_ids: bool,
     /// Messages on their way.
     pub(crate) window: usize,
     pub(crate) random: StdRng,
@@ -130,7 +130,7 @@ impl Publisher {
         let mut message = Publish::new(topic, payload)
             .qos(Qos::AtLeastOnce)
             .durability(self.demand);
-        if self.ids == Ids::With {
+        if self.with_ids {
             message = message.message_id(format!("{}:{number}", stream.0));
         }
         let client = client.clone();

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::book::Book;
-use super::ledger::{Counts, Ids, Ledger, Memory, Verdict};
+use super::ledger::{Counts, Ledger, Verdict};
 use super::plan::{Fault, Plan, Side};
 use super::publisher::{Publisher, PublisherError};
 use super::reader::{EXPIRY, Presence, Reader, ReaderError};
@@ -274,13 +274,8 @@ impl Cast {
             let name = format!("reader-{index}");
             let (wanted, is_wanted) = watch::channel(Presence::Here);
             let (reached, is_reached) = watch::channel(Presence::Away);
-            let memory = if index + 1 == settings.readers {
-                Memory::Short
-            } else {
-                Memory::Long
-            };
             let reader = Reader {
-                id: cast.book.enter(|ledger| ledger.reader(&name, memory)),
+                id: cast.book.enter(|ledger| ledger.reader(&name)),
                 options: site
                     .options(&name, route(index))
                     .session("kept")
@@ -299,12 +294,11 @@ impl Cast {
         }
         for index in 0..settings.publishers {
             let name = format!("publisher-{index}");
-            let ids = [Ids::Without, Ids::With][index % 2];
             let streams = (0..settings.topics).map(|topic| {
                 let topic = format!("soak/{index}/{topic}");
                 let stream = cast
                     .book
-                    .enter(|ledger| ledger.stream(&Site::identity(&name), &topic, ids));
+                    .enter(|ledger| ledger.stream(&Site::identity(&name), &topic));
                 (stream, topic)
             });
             let publisher = Publisher {
@@ -315,7 +309,7 @@ impl Cast {
                 } else {
                     Durability::Disk
                 },
-                ids,
+                with_ids: index % 2 == 1,
                 window: settings.window,
                 random: StdRng::seed_from_u64(random.random()),
                 book: cast.book.clone(),

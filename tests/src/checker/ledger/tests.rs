@@ -28,10 +28,9 @@ struct History {
 impl History {
     fn play(&self) -> Ledger {
         let mut ledger = Ledger::default();
-        let streams =
-            STREAMS.map(|(publisher, topic)| ledger.stream(publisher, topic, Ids::Without));
+        let streams = STREAMS.map(|(publisher, topic)| ledger.stream(publisher, topic));
         let readers: Vec<ReaderId> = (0..self.deliveries.len())
-            .map(|index| ledger.reader(&format!("reader-{index}"), Memory::Long))
+            .map(|index| ledger.reader(&format!("reader-{index}")))
             .collect();
         for (stream, acked) in streams.iter().zip(&self.acked) {
             for _ in acked {
@@ -218,8 +217,8 @@ fn delivery(publisher: &'static str, topic: &'static str) -> Delivery<'static> {
 fn a_message_under_another_name_or_topic_is_found() {
     for (publisher, topic) in [("spiffe://x/a/b/two", "t/1"), ("spiffe://x/a/b/one", "t/2")] {
         let mut ledger = Ledger::default();
-        let stream = ledger.stream("spiffe://x/a/b/one", "t/1", Ids::Without);
-        let reader = ledger.reader("r", Memory::Long);
+        let stream = ledger.stream("spiffe://x/a/b/one", "t/1");
+        let reader = ledger.reader("r");
         ledger.published(stream, Durability::Default);
         ledger.acked(stream, 0, Some(Durability::Disk));
         ledger.delivered(reader, &delivery("spiffe://x/a/b/one", "t/1"));
@@ -236,7 +235,7 @@ fn a_message_under_another_name_or_topic_is_found() {
 #[test]
 fn answers_that_nobody_asked_for_are_found() {
     let mut ledger = Ledger::default();
-    let stream = ledger.stream("p", "t", Ids::Without);
+    let stream = ledger.stream("p", "t");
     ledger.published(stream, Durability::Default);
     ledger.acked(stream, 0, Some(Durability::Disk));
     ledger.acked(stream, 0, Some(Durability::Disk));
@@ -273,7 +272,7 @@ fn an_acknowledgement_below_or_beyond_what_can_be_is_found() {
     ];
     for (demanded, reached, good) in table {
         let mut ledger = Ledger::default();
-        let stream = ledger.stream("p", "t", Ids::Without);
+        let stream = ledger.stream("p", "t");
         let number = ledger.published(stream, demanded);
         ledger.acked(stream, number, reached);
         let violations = ledger.verdict().violations;
@@ -284,7 +283,7 @@ fn an_acknowledgement_below_or_beyond_what_can_be_is_found() {
 #[test]
 fn a_message_that_is_never_answered_is_found() {
     let mut ledger = Ledger::default();
-    let stream = ledger.stream("p", "t", Ids::Without);
+    let stream = ledger.stream("p", "t");
     ledger.published(stream, Durability::Default);
     ledger.published(stream, Durability::Default);
     ledger.refused(stream, 0);
@@ -293,35 +292,4 @@ fn a_message_that_is_never_answered_is_found() {
         matches!(&violations[..], [Violation::Unanswered { count: 1, .. }]),
         "{violations:?}"
     );
-}
-
-#[test]
-fn a_message_with_an_id_that_comes_twice_is_found_where_ids_are_remembered() {
-    let table = [
-        (Ids::With, Memory::Long, false),
-        (Ids::With, Memory::Short, true),
-        (Ids::Without, Memory::Long, true),
-    ];
-    for (ids, memory, good) in table {
-        let mut ledger = Ledger::default();
-        let stream = ledger.stream("p", "t", ids);
-        let reader = ledger.reader("r", memory);
-        ledger.reader_reconnected(reader, 1);
-        ledger.published(stream, Durability::Default);
-        ledger.acked(stream, 0, Some(Durability::Disk));
-        for duplicate in [false, true] {
-            ledger.delivered(
-                reader,
-                &Delivery {
-                    duplicate,
-                    ..delivery("p", "t")
-                },
-            );
-        }
-        let violations = ledger.verdict().violations;
-        assert_eq!(violations.is_empty(), good, "{violations:?}");
-        if !good {
-            assert!(matches!(&violations[..], [Violation::Repeated { .. }]));
-        }
-    }
 }
