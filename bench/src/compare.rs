@@ -54,7 +54,7 @@ pub struct Options {
     pub shapes: Vec<String>,
     /// Names of systems; none for all that are on the machine.
     pub systems: Vec<String>,
-    /// Time that is measured in each turn. Default 3 s; quick: what the time allows.
+    /// Time that is measured in each turn. Default 2 s; quick: what the time allows.
     pub seconds: Option<f64>,
     /// Further peers.
     pub peers: Option<PathBuf>,
@@ -101,7 +101,7 @@ pub async fn run(
         if options.quick {
             quick_seconds(&shapes, &systems, rounds)
         } else {
-            3.0
+            2.0
         }
     });
     let warm_up = (seconds / 3.0).min(1.0);

@@ -1,6 +1,8 @@
 //! The `selvedge` binary as people and scripts use it: arguments in, output and exit code out.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(target_os = "linux")]
+mod bench;
 mod certs;
 mod config;
 mod crash;
