@@ -78,9 +78,9 @@ pub(crate) async fn serve(caller: Caller, send: SendStream, recv: RecvStream) {
             let (recv, rest) = reader.into_parts();
             (recv, rest, frame)
         }
-        Ok(Ok(None)) => return refuse(&metrics, send, "the stream ended before its header").await,
-        Ok(Err(error)) => return refuse(&metrics, send, &error.to_string()).await,
-        Err(_) => return refuse(&metrics, send, "no header arrived in time").await,
+        Ok(Ok(None)) => return refuse(&caller, send, "the stream ended before its header").await,
+        Ok(Err(error)) => return refuse(&caller, send, &error.to_string()).await,
+        Err(_) => return refuse(&caller, send, "no header arrived in time").await,
     };
     let leg = Leg { send, recv };
     metrics.calls_in_flight.inc();
@@ -90,27 +90,29 @@ pub(crate) async fn serve(caller: Caller, send: SendStream, recv: RecvStream) {
                 let code = call(&caller, header, leg, rest).await;
                 metrics.call_ended(code);
             }
-            Err(error) => refuse(&metrics, leg.send, &error.to_string()).await,
+            Err(error) => refuse(&caller, leg.send, &error.to_string()).await,
         },
         Kind::INFER => match frame::decode("inference header", frame.body) {
             Ok(header) => {
                 let (tier, code) = inference::infer(&caller, header, leg, rest).await;
                 metrics.inference_ended(tier.map_or("none", |tier| tier.as_str()), code);
             }
-            Err(error) => refuse(&metrics, leg.send, &error.to_string()).await,
+            Err(error) => refuse(&caller, leg.send, &error.to_string()).await,
         },
         Kind(other) => {
             let message =
                 format!("first frame of a stream has kind {other}: expected CALL or INFER");
-            refuse(&metrics, leg.send, &message).await;
+            refuse(&caller, leg.send, &message).await;
         }
     }
     metrics.calls_in_flight.dec();
 }
 
-async fn refuse(metrics: &crate::metrics::Metrics, mut send: SendStream, why: &str) {
-    metrics.protocol_error("quic", "call");
-    end_with(&mut send, Status::new(Code::InvalidArgument, why)).await;
+async fn refuse(caller: &Caller, mut send: SendStream, why: &str) {
+    caller.fabric.metrics.protocol_error("quic", "call");
+    let status = Status::new(Code::InvalidArgument, why);
+    caller.tenant.refused(&caller.identity, &status);
+    end_with(&mut send, status).await;
 }
 
 /// Writes the status as the last frame.

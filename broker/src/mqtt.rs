@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use selvedge_certs::{Identity, TrustAnchors, peer_identity, refusal_of_io};
+use selvedge_proto::status::{Code, Status};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
@@ -197,6 +198,8 @@ async fn serve(
                         Err(refused) => {
                             tracing::debug!(listener, %peer, reason = %refused, "TLS handshake failed");
                             fabric.metrics.refuse(listener, revocation::label(&refused));
+                            let status = Status::new(Code::Unauthenticated, refused.to_string());
+                            fabric.tenant(&identity).refused(&identity, &status);
                             return;
                         }
                     }

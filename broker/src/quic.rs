@@ -208,6 +208,7 @@ async fn serve(
     if slot.is_refusal {
         fabric.metrics.refuse(LISTENER, "connection_limit");
         let status = no_slot();
+        fabric.tenant(&identity).refused(&identity, &status);
         connection.close(status.code.to_quic().into(), status.message.as_bytes());
         return;
     }

@@ -9,7 +9,7 @@ use selvedge_certs::Identity;
 use selvedge_proto::frame;
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
-use selvedge_proto::topic::{SubscribeTarget, TopicName};
+use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 
 use crate::backlog::Backlog;
 use crate::batch::{Batch, Flow};
@@ -318,11 +318,14 @@ impl Tenant {
     ) -> Result<(), Status> {
         let filter = request.target.filter.clone();
         self.try_subscribe(session, policy, request, Admission::Limited)
-            .inspect_err(|status| {
-                let client = &session.key.identity;
-                let explain = &self.explain;
-                explain.request_refused(client, Verb::Subscribe, filter.as_str(), status);
-            })
+            .inspect_err(|status| self.subscription_refused(session, &filter, status))
+    }
+
+    /// Remembers a subscription that was refused, for `selvedge explain`.
+    fn subscription_refused(&self, session: &Session, filter: &TopicFilter, status: &Status) {
+        let client = &session.key.identity;
+        let explain = &self.explain;
+        explain.request_refused(client, Verb::Subscribe, filter.as_str(), status);
     }
 
     fn try_subscribe(
@@ -512,6 +515,7 @@ impl Tenant {
         policy: &IdentityPolicy,
         request: SubscribeRequest,
     ) -> Result<(), Status> {
+        let filter = request.target.filter.clone();
         self.try_subscribe(
             session,
             policy,
@@ -521,6 +525,7 @@ impl Tenant {
             },
             Admission::Kept,
         )
+        .inspect_err(|status| self.subscription_refused(session, &filter, status))
     }
 
     /// Keeps or forgets a topic's retained message in the store, too.

@@ -218,7 +218,7 @@ impl TopicNow {
                 .take(limit)
                 .collect(),
             retained: (tenant.retained.get(topic)).map(|batch| RetainedNow::of(&batch)),
-            history: tenant.history.topic(topic).is_some(),
+            history: tenant.history.overlaps(&topic.clone().into()),
             responders: (services.iter().find(|(name, _)| name == topic))
                 .map_or(0, |(_, responders)| *responders),
             topic: topic.as_str().to_owned(),

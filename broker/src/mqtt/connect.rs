@@ -151,11 +151,7 @@ pub(crate) async fn greet(
     })
 }
 
-async fn identify(
-    fabric: &Fabric,
-    proof: &Proof,
-    connect: &Connect,
-) -> Result<Identity, Refusal> {
+async fn identify(fabric: &Fabric, proof: &Proof, connect: &Connect) -> Result<Identity, Refusal> {
     let passwords = match proof {
         Proof::Known(identity) => return Ok(identity.clone()),
         Proof::Certificate { identity, peer } => {

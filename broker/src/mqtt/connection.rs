@@ -404,6 +404,7 @@ impl Actor {
                         // The answers claim what is not so. The client sends the messages again.
                         Err(error) => {
                             let status = Status::new(Code::ResourceExhausted, error.to_string());
+                            self.refused(status.code, &status.message);
                             return End::Kicked(status);
                         }
                     }

@@ -65,11 +65,9 @@ pub(super) async fn run(
         }
         Err(_) => {
             fabric.metrics.refuse(LISTENER, "hello_timeout");
-            close(
-                &connection,
-                Code::DeadlineExceeded,
-                "no Hello arrived in time",
-            );
+            let status = Status::new(Code::DeadlineExceeded, "no Hello arrived in time");
+            fabric.tenant(&identity).refused(&identity, &status);
+            close(&connection, status.code, &status.message);
             return;
         }
     };
