@@ -11,13 +11,13 @@ use tempfile::TempDir;
 use crate::program::{Done, Running, run, run_with_input, selvedge, text};
 
 /// A fabric of its own for a test.
-struct Dev {
-    process: Running,
+pub(crate) struct Dev {
+    pub(crate) process: Running,
     values: HashMap<String, String>,
 }
 
 impl Dev {
-    fn start(dir: &Path, more: &[&str]) -> Self {
+    pub(crate) fn start(dir: &Path, more: &[&str]) -> Self {
         let dir = text(dir);
         let mut args = vec!["dev", "--dir", &dir];
         for flag in ["--quic", "--mqtt", "--mqtts", "--admin"] {
@@ -46,11 +46,11 @@ impl Dev {
         command
     }
 
-    fn run(&self, args: &[&str]) -> Done {
+    pub(crate) fn run(&self, args: &[&str]) -> Done {
         run(self.command(args))
     }
 
-    fn start_command(&self, args: &[&str]) -> Running {
+    pub(crate) fn start_command(&self, args: &[&str]) -> Running {
         Running::start(self.command(args))
     }
 }

@@ -8,6 +8,7 @@ mod config;
 mod crash;
 mod demo;
 mod dev;
+mod explain;
 mod program;
 #[cfg(target_os = "linux")]
 mod soak;
