@@ -29,7 +29,8 @@ const UNSENT_LIMIT: usize = 1024 * 1024;
 const SHARE_FROM: usize = 4096;
 /// A piece of buffer of this size is closed, so that it need not be copied to grow.
 const PIECE: usize = 64 * 1024;
-/// How long the refusal of a topic is remembered before the broker is asked again.
+/// How long the refusal of a topic is remembered before the broker is asked again, unless the broker
+/// says that it may be sooner.
 const REFUSAL_MEMORY: Duration = Duration::from_secs(1);
 /// Refused topics remembered at once; all are forgotten when there are more.
 const REFUSED_TOPICS: usize = 1024;
@@ -427,7 +428,8 @@ impl LaneState {
         if !self.refused.is_empty()
             && let Some((status, since)) = self.refused.get(topic)
         {
-            if since.elapsed() < REFUSAL_MEMORY {
+            let memory = status.retry_after.unwrap_or(REFUSAL_MEMORY);
+            if since.elapsed() < memory.min(REFUSAL_MEMORY) {
                 return Err(PublishError::Refused(status.clone()));
             }
             self.refused.remove(topic);
