@@ -154,6 +154,8 @@ fn moment(ms: u64) -> SystemTime {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     #[test]
     fn every_event_is_in_one_record_while_there_is_room(
         happenings in proptest::collection::vec(happening(), 0..80),
