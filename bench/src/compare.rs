@@ -6,7 +6,7 @@
 //! turn.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use tokio::io::AsyncWriteExt as _;
@@ -33,10 +33,12 @@ mod shape;
 mod system;
 mod table;
 
-/// Time for all of a quick run but starting servers, in seconds.
-const QUICK: f64 = 170.0;
-/// Time that a measurement takes besides warming up and measuring, in seconds.
-const OVERHEAD: f64 = 0.35;
+/// Time for a quick run.
+const QUICK: Duration = Duration::from_secs(200);
+/// What a turn takes besides warming up and measuring, before that is known, in seconds.
+const FIRST_OVERHEAD: f64 = 0.4;
+/// Bounds of the time that is measured in each turn of a quick run, in seconds.
+const QUICK_TURN: (f64, f64) = (0.25, 2.0);
 /// Time for a measurement beyond its own, after which it is given up. Ten thousand handshakes take a
 /// while.
 const GRACE: Duration = Duration::from_secs(120);
@@ -87,8 +89,8 @@ pub async fn run(
     if options.quick && options.shapes.is_empty() {
         shapes.retain(|shape| shape.quick);
     }
-    let rounds = options.rounds.unwrap_or(if options.quick { 3 } else { 5 });
-    ensure!(rounds > 0, "expected one round at least");
+    let most_rounds = options.rounds.unwrap_or(if options.quick { 3 } else { 5 });
+    ensure!(most_rounds > 0, "expected one round at least");
 
     let folder = match &options.dir {
         Some(dir) => tempfile::tempdir_in(dir),
@@ -97,52 +99,58 @@ pub async fn run(
     let folder = folder.context("make a temporary folder")?;
     let root = folder.path().canonicalize()?;
     let pki = Pki::make(&root.join("pki"))?;
-    let seconds = options.seconds.unwrap_or_else(|| {
-        if options.quick {
-            quick_seconds(&shapes, &systems, rounds)
-        } else {
-            2.0
-        }
+    let mut budget = (options.quick && options.seconds.is_none()).then(|| {
+        let busy = shapes.iter().filter(|shape| !shape.is_idle());
+        let turns = busy.map(|shape| most_rounds * suited(shape, &systems).len());
+        Budget::new(QUICK, turns.sum())
     });
-    let warm_up = (seconds / 3.0).min(1.0);
+    let mut seconds = options.seconds.unwrap_or(2.0);
     let machine = machine::describe(&root);
     let mut measurements = Measurements::default();
     for (place, shape) in shapes.iter().enumerate() {
-        if shape.files() > files {
-            let line = format!(
-                "{} is left out: it needs {} open files and the limit is {files}",
-                shape.name,
-                shape.files()
-            );
+        let mut leave_out = |why: &str| {
+            let line = format!("{} is left out: {why}", shape.name);
             progress(&line);
             left_out.push(line);
+        };
+        if shape.files() > files {
+            let needed = shape.files();
+            leave_out(&format!(
+                "it needs {needed} open files and the limit is {files}"
+            ));
             continue;
+        }
+        let suited = suited(shape, &systems);
+        let mut rounds = most_rounds;
+        if shape.is_idle() && options.quick {
+            // Starting a thousand connections again tells nothing that is worth the time.
+            rounds = 1;
+            if budget.as_ref().is_some_and(Budget::is_spent) {
+                leave_out("there was no time for it");
+                continue;
+            }
+        } else if let Some(budget) = &budget {
+            (rounds, seconds) = budget.share(rounds);
         }
         let bench = Bench {
             program,
             pki: &pki,
             root: &root,
             shape,
-            warm_up,
+            warm_up: (seconds / 3.0).min(1.0),
             seconds,
             progress,
-        };
-        let suited: Vec<&System> = systems
-            .iter()
-            .filter(|system| shape.suits(system.protocol))
-            .collect();
-        // Starting a thousand connections again tells nothing that is worth the time of a quick run.
-        let rounds = if shape.is_idle() && options.quick {
-            1
-        } else {
-            rounds
         };
         bench
             .measure(place, &suited, rounds, &mut measurements)
             .await;
+        if let Some(budget) = &mut budget {
+            let (planned, taken) = (most_rounds * suited.len(), rounds * suited.len());
+            budget.spent(planned, taken, bench.warm_up + seconds);
+        }
     }
     let about = systems.iter().map(|system| system.about(program)).collect();
-    let report = Report::new(measurements, about, machine, left_out, rounds, seconds);
+    let report = Report::new(measurements, about, machine, left_out, most_rounds, seconds);
     folder.close().context("remove the temporary folder")?;
     Ok(report)
 }
@@ -165,18 +173,67 @@ fn chosen<T>(
     Ok(all)
 }
 
-/// Time to measure so that all of a quick run fits into its time.
-fn quick_seconds(shapes: &[Shape], systems: &[System], rounds: usize) -> f64 {
-    let protocols = || systems.iter().map(|system| system.protocol);
-    let count = |shape: &Shape| -> usize {
-        let suited = |protocol: &Protocol| shape.suits(*protocol);
-        protocols().filter(suited).count()
-    };
-    let busy = shapes.iter().filter(|shape| !shape.is_idle());
-    let measurements = rounds * busy.map(count).sum::<usize>();
-    let each = QUICK / measurements.max(1) as f64 - OVERHEAD;
-    // A third of it more is for warming up.
-    (each * 0.75).clamp(0.3, 2.0)
+/// The systems that can do a shape.
+fn suited<'a>(shape: &Shape, systems: &'a [System]) -> Vec<&'a System> {
+    let systems = systems.iter();
+    systems
+        .filter(|system| shape.suits(system.protocol))
+        .collect()
+}
+
+/// Divides the time of a quick run among its turns, and learns from each shape what a turn takes besides
+/// the time that is measured.
+#[derive(Debug)]
+struct Budget {
+    start: Instant,
+    time: Duration,
+    /// Turns to come, if none is saved.
+    turns: usize,
+    /// Turns so far.
+    taken: usize,
+    /// Time measured so far, in seconds.
+    measured: f64,
+}
+
+impl Budget {
+    fn new(time: Duration, turns: usize) -> Self {
+        Self {
+            start: Instant::now(),
+            time,
+            turns,
+            taken: 0,
+            measured: 0.0,
+        }
+    }
+
+    fn is_spent(&self) -> bool {
+        self.start.elapsed() >= self.time
+    }
+
+    /// How many rounds the next shape gets, and how many seconds each of its turns.
+    fn share(&self, rounds: usize) -> (usize, f64) {
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let overhead = if self.taken == 0 {
+            FIRST_OVERHEAD
+        } else {
+            (elapsed - self.measured).max(0.0) / self.taken as f64
+        };
+        let left = (self.time.as_secs_f64() - elapsed).max(0.0);
+        let each = left / self.turns.max(1) as f64;
+        let (least, most) = QUICK_TURN;
+        // A third more is for warming up.
+        let seconds = ((each - overhead) * 0.75).clamp(least, most);
+        let fitting = rounds as f64 * each / (seconds / 0.75 + overhead);
+        // A little too much at one shape is made up for by the next.
+        ((fitting.round() as usize).clamp(1, rounds), seconds)
+    }
+
+    /// Of so many turns these were taken, each with this much time.
+    fn spent(&mut self, planned: usize, taken: usize, seconds: f64) {
+        self.turns = self.turns.saturating_sub(planned);
+        self.taken += taken;
+        self.measured += taken as f64 * seconds;
+    }
 }
 
 /// One shape of work.
@@ -324,11 +381,25 @@ mod tests {
     }
 
     #[test]
-    fn a_quick_run_fits_into_its_time() {
-        let (systems, _) = system::find(None, &[]).unwrap();
-        let mut shapes = shape::all();
-        shapes.retain(|shape| shape.quick);
-        let seconds = quick_seconds(&shapes, &systems, 3);
-        assert!((0.3..=2.0).contains(&seconds), "{seconds}");
+    fn time_is_shared_among_turns() {
+        let budget = |seconds, turns| Budget::new(Duration::from_secs(seconds), turns);
+        // 1.6 s each, of which 0.4 s are overhead and 0.3 s warming up.
+        let (rounds, seconds) = budget(160, 100).share(3);
+        assert_eq!(rounds, 3);
+        assert!((seconds - 0.9).abs() < 0.01, "{seconds}");
+        assert_eq!(budget(10_000, 100).share(3), (3, QUICK_TURN.1));
+        // Too little even for short turns: fewer rounds, but never none.
+        assert_eq!(budget(50, 100).share(3), (2, QUICK_TURN.0));
+        assert_eq!(budget(0, 100).share(3), (1, QUICK_TURN.0));
+        assert!(budget(0, 0).is_spent());
+    }
+
+    #[test]
+    fn overhead_is_learned() {
+        let mut budget = Budget::new(Duration::from_secs(100), 100);
+        // Nothing took any time besides what was measured.
+        budget.spent(50, 50, 1.0);
+        let (_, seconds) = budget.share(3);
+        assert!((seconds - 1.5).abs() < 0.01, "{seconds}");
     }
 }

@@ -46,13 +46,15 @@ fn per_write(frame: usize) -> usize {
 /// The server cannot be reached, refuses, or ends a connection.
 pub async fn run(job: Job) -> anyhow::Result<Outcome> {
     let clients = Arc::new(Clients::new(&job)?);
-    match &job.task {
+    let outcome = match &job.task {
         Task::Traffic(traffic) => {
             // One future for all of it would be large.
-            Box::pin(run_traffic(&job, clients, traffic)).await
+            Box::pin(run_traffic(&job, &clients, traffic)).await
         }
-        Task::Idle { connections } => run_idle(&job, clients, *connections).await,
-    }
+        Task::Idle { connections } => run_idle(&job, &clients, *connections).await,
+    };
+    clients.close().await;
+    outcome
 }
 
 /// What the tasks of one measurement share.
@@ -109,7 +111,7 @@ impl Shared {
 
 async fn run_traffic(
     job: &Job,
-    clients: Arc<Clients>,
+    clients: &Arc<Clients>,
     traffic: &Traffic,
 ) -> anyhow::Result<Outcome> {
     let stamped = matches!(traffic.pace, Pace::Offered { .. });
@@ -148,7 +150,7 @@ async fn run_traffic(
                 service: Service::AtMostOnce,
             }),
     );
-    let idle = connect(&clients, "idle", wishes, Sharing::Socket).await?;
+    let idle = connect(clients, "idle", wishes, Sharing::Socket).await?;
 
     let wishes = (0..traffic.groups * traffic.subscribers)
         .map(|place| Wish {
@@ -157,7 +159,7 @@ async fn run_traffic(
             service: traffic.service,
         })
         .collect();
-    let subscribers = connect(&clients, "sub", wishes, Sharing::Nothing).await?;
+    let subscribers = connect(clients, "sub", wishes, Sharing::Nothing).await?;
 
     let messages = match traffic.pace {
         Pace::Closed { window } => window / traffic.size,
@@ -291,7 +293,11 @@ async fn run_traffic(
     })
 }
 
-async fn run_idle(job: &Job, clients: Arc<Clients>, connections: usize) -> anyhow::Result<Outcome> {
+async fn run_idle(
+    job: &Job,
+    clients: &Arc<Clients>,
+    connections: usize,
+) -> anyhow::Result<Outcome> {
     let wishes = |name: &str, first: u32, count: usize| -> Vec<Wish> {
         let wish = |place| Wish {
             group: first + place as u32,
@@ -301,19 +307,19 @@ async fn run_idle(job: &Job, clients: Arc<Clients>, connections: usize) -> anyho
         (0..count).map(wish).collect()
     };
     let first = connect(
-        &clients,
+        clients,
         "first",
         wishes("first", 0, FIRST),
         Sharing::Socket,
     )
     .await?;
     let many = wishes("idle", 1_000, connections);
-    let prepared = prepare(&clients, "idle", many.len())?;
+    let prepared = prepare(clients, "idle", many.len())?;
     process::settle(job.server, REST).await?;
     let memory = process::memory_kib(job.server)?;
     let cpu = process::cpu_time(job.server)?;
     let start = Instant::now();
-    let idle = connect_prepared(&clients, prepared, many, Sharing::Socket).await?;
+    let idle = connect_prepared(clients, prepared, many, Sharing::Socket).await?;
     let seconds = start.elapsed().as_secs_f64();
     process::settle(job.server, REST).await?;
     let cpu_seconds = (process::cpu_time(job.server)? - cpu).as_secs_f64();

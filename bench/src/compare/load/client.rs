@@ -3,24 +3,30 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::{BufMut as _, Bytes, BytesMut};
-use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, TransportConfig, VarInt};
+use quinn::{
+    ClientConfig, Connection, Endpoint, EndpointConfig, RecvStream, SendStream, TransportConfig,
+    VarInt,
+};
 use rustls::pki_types::ServerName;
 use selvedge_certs::{
     Authority, IssueRequest, ServerIdentity, TrustAnchors, quic_client_config, tcp_client_config,
 };
 use selvedge_proto::ALPN;
+use selvedge_proto::status::Code;
+use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::framing::{Found, Framing, Splitter};
+use super::locked;
 use crate::compare::job::{Job, Protocol, Service};
 use crate::compare::pki::{CLIENT_SITE, SERVER_NAME, TENANT};
 
@@ -33,6 +39,10 @@ mod selvedge;
 const CHUNKS: usize = 64;
 /// Bytes that are read from a TLS connection at once.
 const READ: usize = 64 * 1024;
+/// Kernel buffer asked for on a UDP socket.
+const SOCKET_BUFFER: usize = 4 << 20;
+/// Time to tell servers that connections end.
+const FAREWELL: Duration = Duration::from_millis(300);
 /// Connections that share a UDP socket when they are many and do nothing.
 const IDLE_ON_A_SOCKET: usize = 50;
 
@@ -46,7 +56,9 @@ pub(super) struct Clients {
     authority: Authority,
     trust: TrustAnchors,
     /// For clients that share a socket, and how many do.
-    shared: std::sync::Mutex<Option<(Endpoint, usize)>>,
+    shared: Mutex<Option<(Endpoint, usize)>>,
+    /// What has to be closed, since a QUIC connection does not end with its process.
+    opened: Mutex<Vec<(Endpoint, Connection)>>,
 }
 
 /// A client's name and its TLS configuration, so that a handshake can be timed without them.
@@ -149,7 +161,8 @@ impl Clients {
             run: job.run.clone(),
             authority,
             trust,
-            shared: std::sync::Mutex::default(),
+            shared: Mutex::default(),
+            opened: Mutex::default(),
         })
     }
 
@@ -195,10 +208,7 @@ impl Clients {
         wish: &Wish,
     ) -> anyhow::Result<Subscriber> {
         let endpoint = {
-            let mut shared = self
-                .shared
-                .lock()
-                .expect("nothing panics while it is locked");
+            let mut shared = locked(&self.shared);
             match &mut *shared {
                 Some((endpoint, users)) if *users < IDLE_ON_A_SOCKET => {
                     *users += 1;
@@ -289,7 +299,24 @@ impl Clients {
             anyhow::bail!("expected a configuration for QUIC");
         };
         let connecting = endpoint.connect_with(config, self.address, SERVER_NAME)?;
-        connecting.await.context("handshake")
+        let connection = connecting.await.context("handshake")?;
+        locked(&self.opened).push((endpoint.clone(), connection.clone()));
+        Ok(connection)
+    }
+
+    /// Ends all connections in good order.
+    pub(super) async fn close(&self) {
+        let opened = std::mem::take(&mut *locked(&self.opened));
+        for (_, connection) in &opened {
+            connection.close(Code::Ok.to_quic().into(), b"done");
+        }
+        let idle = async {
+            for (endpoint, _) in &opened {
+                endpoint.wait_idle().await;
+            }
+        };
+        // Whoever has not heard it by then has lost the connection.
+        let _ = tokio::time::timeout(FAREWELL, idle).await;
     }
 
     async fn tcp(&self) -> anyhow::Result<TcpStream> {
@@ -311,9 +338,18 @@ fn transport() -> TransportConfig {
     transport
 }
 
-/// A UDP socket, as the client library opens one.
+/// A UDP socket with as large a buffer as the broker asks for. With the default of about 200 KiB a
+/// subscriber that is not scheduled for a millisecond loses packets, and the loss of the load process
+/// would be counted against the server.
 fn endpoint() -> io::Result<Endpoint> {
-    Endpoint::client((Ipv4Addr::LOCALHOST, 0).into())
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(SocketProtocol::UDP))?;
+    // Best effort: the system may allow less.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    socket.bind(&address.into())?;
+    let runtime = quinn::default_runtime().ok_or_else(|| io::Error::other("no runtime"))?;
+    Endpoint::new(EndpointConfig::default(), None, socket.into(), runtime)
 }
 
 async fn tls(stream: TcpStream, tls: Configured) -> anyhow::Result<Tls> {
