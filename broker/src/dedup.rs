@@ -52,31 +52,42 @@ impl Dedup {
         window.seen.contains(&(publisher.clone(), id.clone()))
     }
 
-    /// Whether this is the first message of the publisher with this id. The id is remembered from
-    /// now on, and outlives the process with [`Self::keep`].
-    pub fn first(&self, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
+    /// Calls `take` if this is the first message of the publisher with this id; `false` if it is not.
+    /// The id is remembered from then on, in the store too when `keep` says so.
+    ///
+    /// The id goes to the store after what `take` puts there, since an id that is there alone after a
+    /// crash would pass the message, when it is sent again, for one that is kept. And nobody sees the
+    /// id before `take` is done: whoever finds it may claim that the message is where it belongs.
+    ///
+    /// # Errors
+    /// Those of `take`; the id is not remembered then.
+    pub fn once<E>(
+        &self,
+        publisher: &Identity,
+        id: &Bytes,
+        keep: bool,
+        now: Instant,
+        take: impl FnOnce() -> Result<(), E>,
+    ) -> Result<bool, E> {
         let mut window = self.window.lock();
         self.forget_old(&mut window, now);
         // Not a slice of the message it came with, which would keep that alive.
         let key = (publisher.clone(), Bytes::copy_from_slice(id));
-        if !window.seen.insert(key.clone()) {
-            return false;
+        if window.seen.contains(&key) {
+            return Ok(false);
         }
-        window.order.push_back((now, key));
-        true
-    }
-
-    /// Remembers an id in the store too. Only once the message is in the store: an id that is there
-    /// alone after a crash would pass the message, when it is sent again, for one that is kept.
-    pub fn keep(&self, publisher: &Identity, id: &Bytes) {
-        if let Some(store) = &self.store {
+        take()?;
+        if let Some(store) = self.store.as_ref().filter(|_| keep) {
             store.put(Change::PutMessageId {
                 tenant: Arc::clone(&self.tenant),
                 publisher: publisher.uri().into(),
-                id: Bytes::copy_from_slice(id),
+                id: key.1.clone(),
                 until: SystemTime::now() + self.span,
             });
         }
+        window.seen.insert(key.clone());
+        window.order.push_back((now, key));
+        Ok(true)
     }
 
     /// Puts back an id that the store kept, `left` being the time it is still remembered.
@@ -134,6 +145,12 @@ mod tests {
 
     use super::*;
 
+    fn first(window: &Dedup, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
+        window
+            .once(publisher, id, true, now, || Ok::<(), ()>(()))
+            .unwrap()
+    }
+
     fn publisher(name: &str) -> Identity {
         Identity::new("example.org", "acme", "s", name).unwrap()
     }
@@ -143,10 +160,19 @@ mod tests {
         let span = Duration::from_secs(10);
         let window = Dedup::new("acme".into(), span, 100, None);
         let (now, id) = (Instant::now(), Bytes::from_static(b"1"));
-        assert!(window.first(&publisher("a"), &id, now));
-        assert!(!window.first(&publisher("a"), &id, now + span / 2));
-        assert!(window.first(&publisher("b"), &id, now));
-        assert!(window.first(&publisher("a"), &id, now + span));
+        assert!(first(&window, &publisher("a"), &id, now));
+        assert!(!first(&window, &publisher("a"), &id, now + span / 2));
+        assert!(first(&window, &publisher("b"), &id, now));
+        assert!(first(&window, &publisher("a"), &id, now + span));
+    }
+
+    #[test]
+    fn the_id_of_a_message_that_was_refused_is_free() {
+        let window = Dedup::new("acme".into(), Duration::from_secs(10), 100, None);
+        let (now, id) = (Instant::now(), Bytes::from_static(b"1"));
+        let refused = window.once(&publisher("a"), &id, true, now, || Err("full"));
+        assert_eq!(refused, Err("full"));
+        assert!(first(&window, &publisher("a"), &id, now));
     }
 
     #[test]
@@ -154,11 +180,11 @@ mod tests {
         let window = Dedup::new("acme".into(), Duration::from_secs(10), 3, None);
         let now = Instant::now();
         for id in 0..10u8 {
-            assert!(window.first(&publisher("a"), &Bytes::from(vec![id]), now));
+            assert!(first(&window, &publisher("a"), &Bytes::from(vec![id]), now));
         }
         assert_eq!(window.len(), 3);
-        assert!(!window.first(&publisher("a"), &Bytes::from(vec![9]), now));
-        assert!(window.first(&publisher("a"), &Bytes::from(vec![0]), now));
+        assert!(!first(&window, &publisher("a"), &Bytes::from(vec![9]), now));
+        assert!(first(&window, &publisher("a"), &Bytes::from(vec![0]), now));
     }
 
     #[test]
@@ -167,7 +193,7 @@ mod tests {
         let window = Dedup::new("acme".into(), span, 100, None);
         let (now, id) = (Instant::now() + span, Bytes::from_static(b"1"));
         window.restore(&publisher("a"), &id, span / 4, now);
-        assert!(!window.first(&publisher("a"), &id, now + span / 5));
-        assert!(window.first(&publisher("a"), &id, now + span / 3));
+        assert!(!first(&window, &publisher("a"), &id, now + span / 5));
+        assert!(first(&window, &publisher("a"), &id, now + span / 3));
     }
 }

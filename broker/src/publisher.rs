@@ -95,6 +95,8 @@ pub struct Incoming<'a> {
     pub retain: bool,
     /// What the publisher demands of the acknowledgement.
     pub durability: Durability,
+    /// The publisher sends it again, so receivers may have it already. They are told if it is alone.
+    pub duplicate: bool,
     /// Encoded `MessageHeader`, if any.
     pub header: Option<&'a [u8]>,
     /// The payload.
@@ -340,6 +342,7 @@ impl Publisher {
                 qos,
                 retain,
                 durability: Durability::Default,
+                duplicate: false,
                 header: header.map(|header| &header[..]),
                 payload: Payload::Shared(payload.clone()),
             },
@@ -434,23 +437,40 @@ impl Publisher {
         } else {
             None
         };
-        let retained = if message.retain {
-            self.retain(&batch, message.payload.as_slice().is_empty())
-        } else {
-            Ok(())
-        };
-        let first =
-            retained.is_ok() && (id.is_empty() || self.tenant.dedup.first(&self.identity, id, now));
+        if id.is_empty() {
+            return self.retain_and_hand_out(topic, message, &batch, plan);
+        }
+        let mut plan = Some(plan);
+        let keep = batch.qos != Qos::AtMostOnce;
+        let first = self.tenant.dedup.once(&self.identity, id, keep, now, || {
+            let plan = plan.take().flatten();
+            self.retain_and_hand_out(topic, message, &batch, plan)
+        })?;
         if !first {
-            release(plan.into_iter().flatten());
             // The same id on another connection of the publisher was quicker.
-            return retained.map(|()| self.taken_before(topic, &batch));
+            release(plan.flatten().into_iter().flatten());
+            self.taken_before(topic, &batch);
         }
-        topic.outcome.stored |= message.retain && self.fabric.store.is_some();
-        self.hand_out(topic, &batch, plan);
-        if !id.is_empty() && batch.qos != Qos::AtMostOnce {
-            self.tenant.dedup.keep(&self.identity, id);
+        Ok(())
+    }
+
+    /// Retains a message if it is to be, and hands it out.
+    fn retain_and_hand_out(
+        &self,
+        topic: &mut Topic,
+        message: &Incoming<'_>,
+        batch: &Arc<Batch>,
+        plan: Option<Vec<Planned>>,
+    ) -> Result<(), Status> {
+        if message.retain {
+            let clear = message.payload.as_slice().is_empty();
+            if let Err(status) = self.retain(batch, clear) {
+                release(plan.into_iter().flatten());
+                return Err(status);
+            }
+            topic.outcome.stored |= self.fabric.store.is_some();
         }
+        self.hand_out(topic, batch, plan);
         Ok(())
     }
 
@@ -712,13 +732,14 @@ fn refusal(error: &StoreError) -> Result<Status, Status> {
 /// The batch of a message that is alone.
 fn alone(topic: &Topic, message: &Incoming<'_>, expires: Option<Instant>) -> Batch {
     let qos = message.qos.min(Qos::AtLeastOnce);
+    let flags = Flags::new(qos).with_duplicate(message.duplicate);
     let payload = message.payload.as_slice();
     let mut frames = BytesMut::new();
     let (frames, apart) = match &message.payload {
         Payload::Shared(shared) if payload.len() >= LARGE => {
             lane::put_message_head(
                 &mut frames,
-                Flags::new(qos),
+                flags,
                 topic.flow.id,
                 message.header,
                 payload.len(),
@@ -726,13 +747,7 @@ fn alone(topic: &Topic, message: &Incoming<'_>, expires: Option<Instant>) -> Bat
             (frames.freeze(), shared.clone())
         }
         _ => {
-            lane::put_message(
-                &mut frames,
-                Flags::new(qos),
-                topic.flow.id,
-                message.header,
-                payload,
-            );
+            lane::put_message(&mut frames, flags, topic.flow.id, message.header, payload);
             (frames.freeze(), Bytes::new())
         }
     };

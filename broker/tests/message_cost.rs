@@ -98,6 +98,7 @@ fn burst(publisher: &Publisher, topic: &mut Topic, receivers: &[Attachment], qos
             qos,
             retain: false,
             durability: Durability::Default,
+            duplicate: false,
             header: None,
             payload: Payload::Borrowed(&[7; 64]),
         };

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use crate::subscription::Message;
 use crate::sync::lock;
 
-/// Ids remembered for one subscription; the oldest are forgotten first. More than the messages that a
-/// broker leaves unacknowledged under way to one subscription, unless they are tiny.
-const WINDOW: usize = 4096;
+/// Ids remembered for one subscription; the oldest are forgotten first. A broker that was killed may
+/// deliver again all that its queue held, since acknowledgements are not waited for to be on disk.
+const WINDOW: usize = 65_536;
 
 /// Who published a message, and its id.
 type Name = (Arc<str>, Box<[u8]>);

@@ -257,7 +257,7 @@ impl Message {
 }
 
 /// A stream of messages. A message with an id that the application has taken does not come again
-/// when the broker repeats it, within the last 4096 ids. Dropping it unsubscribes; to leave the subscription in a session that the
+/// when the broker repeats it, within the last 65,536 ids. Dropping it unsubscribes; to leave the subscription in a session that the
 /// broker keeps, [close](Client::close) the client first.
 #[derive(Debug)]
 pub struct Subscription {

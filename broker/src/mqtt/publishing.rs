@@ -126,6 +126,7 @@ impl Publishing {
             qos,
             retain: publish.retain,
             durability: Durability::Default,
+            duplicate: false,
             header: header.as_deref(),
             payload: Payload::Shared(publish.payload),
         };

@@ -112,6 +112,7 @@ impl DatagramIngest {
             qos: Qos::AtMostOnce,
             retain: message.flags.retain(),
             durability: Durability::Default,
+            duplicate: false,
             header: message.header,
             payload: Payload::Borrowed(message.payload),
         };

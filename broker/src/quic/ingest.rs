@@ -185,6 +185,7 @@ impl Ingest {
             qos,
             retain: message.flags.retain(),
             durability: message.flags.durability(),
+            duplicate: qos != Qos::AtMostOnce && message.flags.duplicate(),
             header: message.header,
             payload,
         };
