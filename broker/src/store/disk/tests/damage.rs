@@ -9,7 +9,7 @@ use rand::{Rng as _, SeedableRng as _};
 use super::*;
 
 /// Damages tried, of each kind to each shape of store.
-const ROUNDS: usize = 30;
+const ROUNDS: usize = 8;
 
 /// A store with three sessions, 200 queued batches and 50 retained messages, of which some are in
 /// tables, some were replaced or removed by later journals, and some are in the journal only.
