@@ -123,6 +123,8 @@ mod tests {
                     traceparent: trace,
                     payload_is_utf8: utf8,
                     hops,
+                    // Of replays only, which are not bridged.
+                    published: None,
                 },
             )
     }

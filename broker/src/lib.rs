@@ -28,7 +28,6 @@ pub mod queue;
 pub mod quic;
 pub mod quota;
 mod restore;
-mod system;
 pub mod retained;
 pub mod revocation;
 pub mod router;
@@ -36,6 +35,7 @@ pub mod server;
 pub mod services;
 pub mod session;
 pub mod store;
+mod system;
 pub mod tenant;
 
 pub use config::{Config, ConfigErrors, Limits, MqttConfig, StoreConfig};
