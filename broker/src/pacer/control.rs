@@ -5,24 +5,26 @@ use std::time::{Duration, Instant};
 /// Lag up to which the rate rises, and above which it falls.
 pub(super) const PROMPT: Duration = Duration::from_micros(500);
 
+/// Measurements whose median is compared with [`PROMPT`]. Whatever else runs on the machine makes one or
+/// the other late; what the backlogs do to the runtime, most of them.
+const WINDOW: usize = 9;
+
 /// Bytes a second at the start and after a pause: more than one lane can take, so that a single
 /// subscriber waits for nothing.
-pub(super) const START: f64 = 256.0 * MIB;
+pub(super) const START: f64 = 128.0 * MIB;
 
-/// The lowest rate, so that everyone is served in the end whatever else the broker does.
-pub(super) const FLOOR: f64 = MIB;
+/// The lowest rate, so that everyone is served in the end whatever else the broker and its machine do:
+/// some tenth of what one processor can send.
+pub(super) const FLOOR: f64 = 16.0 * MIB;
 
 /// The highest rate.
 pub(super) const CEILING: f64 = 1024.0 * MIB;
 
 /// By how much the rate rises in a second of prompt answers.
-const RISE: f64 = 128.0 * MIB;
+const RISE: f64 = 32.0 * MIB;
 
 /// What is left of the rate after a late answer.
-const FALL: f64 = 0.7;
-
-/// Late answers within this time of a fall tell of the same work: it takes a while to be done.
-const PATIENCE: Duration = Duration::from_millis(10);
+const FALL: f64 = 0.5;
 
 /// Turns that nobody took add up to so much time.
 const BURST: f64 = 0.004;
@@ -45,10 +47,10 @@ pub(super) struct Control {
     bucket: f64,
     /// When the bucket was filled last.
     filled: Option<Instant>,
-    /// When the lag was measured last.
-    observed: Option<Instant>,
-    /// When the rate fell last.
-    fell: Option<Instant>,
+    /// What was measured since the rate was changed last.
+    lags: Vec<Duration>,
+    /// When the rate was changed last.
+    changed: Option<Instant>,
 }
 
 impl Default for Control {
@@ -57,8 +59,8 @@ impl Default for Control {
             rate: START,
             bucket: START * BURST,
             filled: None,
-            observed: None,
-            fell: None,
+            lags: Vec::new(),
+            changed: None,
         }
     }
 }
@@ -83,22 +85,23 @@ impl Control {
     /// Takes note of how long the runtime took to get to a task that was ready.
     pub(super) fn observe(&mut self, lag: Duration, now: Instant) {
         self.fill(now);
-        let since = self
-            .observed
-            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
-        self.observed = Some(now);
-        if lag <= PROMPT {
-            self.rate = (self.rate + RISE * since.as_secs_f64()).min(CEILING);
+        self.lags.push(lag);
+        if self.lags.len() < WINDOW {
             return;
         }
-        let again = self
-            .fell
-            .is_some_and(|fell| now.saturating_duration_since(fell) < PATIENCE);
-        if !again {
-            self.fell = Some(now);
-            self.rate = (self.rate * FALL).max(FLOOR);
-            self.bucket = self.bucket.min(self.rate * BURST);
-        }
+        let since = self
+            .changed
+            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        self.changed = Some(now);
+        self.lags.sort_unstable();
+        let median = self.lags[WINDOW / 2];
+        self.lags.clear();
+        self.rate = if median <= PROMPT {
+            (self.rate + RISE * since.as_secs_f64()).min(CEILING)
+        } else {
+            (self.rate * FALL).max(FLOOR)
+        };
+        self.bucket = self.bucket.min(self.rate * BURST);
     }
 
     /// As if so many bytes had just been granted.

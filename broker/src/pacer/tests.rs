@@ -40,11 +40,6 @@ proptest! {
             control.observe(Duration::from_micros(lag), clock);
             let rate = control.rate();
             prop_assert!((FLOOR..=CEILING).contains(&rate));
-            if lag <= PROMPT.as_micros() as u64 {
-                prop_assert!(rate >= before);
-            } else {
-                prop_assert!(rate <= before);
-            }
             allowed += before.max(rate) * Duration::from_millis(pause).as_secs_f64();
             while let Some(grant) = control.take(clock) {
                 prop_assert!((GRANT.0..=GRANT.1).contains(&grant));
@@ -63,8 +58,21 @@ proptest! {
         prop_assert_eq!(control.rate(), FLOOR);
         let bytes = run(&mut control, &mut clock, Duration::from_secs(1), lag);
         prop_assert!(bytes as f64 >= FLOOR * 0.9 && bytes as f64 <= FLOOR * 1.1, "{bytes}");
-        prop_assert!(bytes / GRANT.1 >= lanes.min(10));
+        prop_assert!(bytes / GRANT.1 >= lanes);
     }
+}
+
+#[test]
+fn what_else_runs_on_the_machine_does_not_slow_it_down() {
+    let mut control = Control::default();
+    let mut clock = StdInstant::now();
+    let mut number = 0;
+    let lag = || {
+        number += 1;
+        if number % 3 == 0 { PROMPT * 20 } else { PROMPT }
+    };
+    run(&mut control, &mut clock, Duration::from_millis(900), lag);
+    assert!(control.rate() > START, "{}", control.rate());
 }
 
 #[test]
@@ -75,10 +83,10 @@ fn a_prompt_runtime_is_never_waited_for_and_a_late_one_recovers() {
     let prompt = || Duration::from_micros(50);
     let bytes = run(&mut control, &mut clock, second, prompt);
     assert!(bytes as f64 > START * 0.9, "{bytes}");
-    run(&mut control, &mut clock, second / 10, || second);
+    run(&mut control, &mut clock, second / 5, || second);
     assert!(control.rate() < START / 4.0, "{}", control.rate());
     run(&mut control, &mut clock, second, prompt);
-    assert!(control.rate() > 100e6, "{}", control.rate());
+    assert!(control.rate() > FLOOR * 2.0, "{}", control.rate());
     // After a pause the past says nothing.
     run(&mut control, &mut clock, second, || second);
     clock += second * 2;
