@@ -306,13 +306,7 @@ async fn run_idle(
         };
         (0..count).map(wish).collect()
     };
-    let first = connect(
-        clients,
-        "first",
-        wishes("first", 0, FIRST),
-        Sharing::Socket,
-    )
-    .await?;
+    let first = connect(clients, "first", wishes("first", 0, FIRST), Sharing::Socket).await?;
     let many = wishes("idle", 1_000, connections);
     let prepared = prepare(clients, "idle", many.len())?;
     process::settle(job.server, REST).await?;
