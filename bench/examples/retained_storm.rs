@@ -154,6 +154,11 @@ async fn readers(folder: &Path, address: &str, messages: usize, clients: usize) 
     println!("connected");
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
+    tokio::spawn(async {
+        // Whoever measures has given up.
+        input_ends().await;
+        std::process::exit(1);
+    });
     let mut reading = JoinSet::new();
     for client in connected {
         reading.spawn(async move {
