@@ -193,6 +193,8 @@ pub(crate) struct HeaderFacts {
     pub(crate) expires: Option<Instant>,
     /// Its name in the deduplication window; empty for none.
     pub(crate) message_id: Bytes,
+    /// It says when a broker took the message, as only a broker may.
+    pub(crate) is_dated: bool,
 }
 
 impl HeaderFacts {
@@ -208,6 +210,7 @@ impl HeaderFacts {
         Ok(Self {
             expires: properties.expiry.and_then(|expiry| now.checked_add(expiry)),
             message_id: properties.message_id,
+            is_dated: properties.published.is_some(),
         })
     }
 }

@@ -419,6 +419,12 @@ impl Publisher {
                 ),
             ));
         }
+        if facts.is_dated {
+            return Err(Status::new(
+                Code::InvalidArgument,
+                "a header with published_ms: expected none, since that is the broker's to set",
+            ));
+        }
         let batch = Arc::new(alone(topic, message, facts.expires));
         let outlives = message.retain || topic.history.is_some();
         if !id.is_empty() && self.tenant.dedup.contains(&self.identity, id, now) {

@@ -30,6 +30,15 @@ const LISTENER: &str = "quic";
 /// millisecond at full speed, which QUIC then takes for congestion.
 const SOCKET_BUFFER: usize = 4 << 20;
 
+/// Calls that a client may open before its first one has come.
+const FIRST_CALLS: u32 = 8;
+
+/// Publish lanes that a client may open before it has used half of them: one for each class, and some.
+const FIRST_LANES: u32 = 8;
+
+/// Publish lanes that a client may have open: one for each class, and some for isolation.
+const LANES: u32 = 64;
+
 /// Opens the endpoint. Nothing is accepted before [`accept`] runs.
 ///
 /// # Errors
@@ -97,9 +106,12 @@ fn transport(limits: &Limits) -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport
         .max_idle_timeout(quinn::IdleTimeout::try_from(limits.idle_timeout).ok())
-        .max_concurrent_bidi_streams(VarInt::from_u32(limits.calls_per_connection + 1))
-        // Publish lanes: one for each class and some for isolation.
-        .max_concurrent_uni_streams(VarInt::from_u32(64))
+        // A stream that a client may open takes memory before it is opened, so a client begins with
+        // few, and gets all when it shows that it uses them: `Actor::allow_more_calls` and `allow_more_lanes`.
+        .max_concurrent_bidi_streams(VarInt::from_u32(
+            FIRST_CALLS.min(limits.calls_per_connection) + 1,
+        ))
+        .max_concurrent_uni_streams(VarInt::from_u32(FIRST_LANES))
         .datagram_receive_buffer_size(Some(datagram::RECEIVE_BUFFER))
         .datagram_send_buffer_size(datagram::SEND_BUFFER);
     // One acknowledgement for 25 packets instead of 2: a broker sends far more than it receives,

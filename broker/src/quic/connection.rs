@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use quinn::{Connection, SendStream};
+use quinn::{Connection, SendStream, VarInt};
 use selvedge_certs::Identity;
 use selvedge_proto::REVISION;
 use selvedge_proto::frame::{self, Kind};
@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use super::datagram::{DatagramDelivery, DatagramIngest};
 use super::delivery::Delivery;
 use super::ingest::{Ingest, IngestError};
-use super::{FrameReader, LISTENER, ReadFrameError};
+use super::{FIRST_LANES, FrameReader, LANES, LISTENER, ReadFrameError};
 use crate::calls;
 use crate::clock;
 use crate::fabric::Fabric;
@@ -396,6 +396,7 @@ impl Actor {
                 }
                 stream = self.connection.accept_uni() => match stream {
                     Ok(stream) => {
+                        self.allow_more_lanes(stream.id().index());
                         let ingest = Ingest::new(
                             self.publisher.clone(),
                             self.control.clone(),
@@ -408,6 +409,7 @@ impl Actor {
                 },
                 stream = self.connection.accept_bi() => match stream {
                     Ok((send, recv)) => {
+                        self.allow_more_calls(recv.id().index());
                         let caller = calls::Caller {
                             fabric: Arc::clone(&self.fabric),
                             tenant: Arc::clone(&self.tenant),
@@ -428,6 +430,23 @@ impl Actor {
             self.publisher.clone(),
             self.control.clone(),
         )
+    }
+
+    /// Lets a client that uses lanes open as many as it may.
+    fn allow_more_lanes(&self, index: u64) {
+        if index == u64::from(FIRST_LANES / 2) {
+            self.connection
+                .set_max_concurrent_uni_streams(VarInt::from_u32(LANES));
+        }
+    }
+
+    /// Lets a client that calls open as many calls as it may. The control stream is the first stream.
+    fn allow_more_calls(&self, index: u64) {
+        if index == 1 {
+            let calls = self.fabric.limits.calls_per_connection;
+            self.connection
+                .set_max_concurrent_bi_streams(VarInt::from_u32(calls + 1));
+        }
     }
 
     /// Opens a lane for each queue that has its first messages.

@@ -33,6 +33,31 @@ const STAGGER: Duration = Duration::from_millis(200);
 /// Addresses of one host that are tried.
 const MAX_ADDRESSES: usize = 8;
 
+/// Kernel buffer asked for on the UDP socket. With the default of about 200 KiB a client that is not
+/// scheduled for a millisecond at full speed loses packets, which QUIC then takes for congestion.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// Opens an endpoint for connections to brokers.
+fn open(address: SocketAddr) -> std::io::Result<quinn::Endpoint> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::DGRAM,
+        Some(socket2::Protocol::UDP),
+    )?;
+    // Best effort: the system may allow less.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    socket.bind(&address.into())?;
+    let runtime =
+        quinn::default_runtime().ok_or_else(|| std::io::Error::other("no async runtime"))?;
+    quinn::Endpoint::new(
+        quinn::EndpointConfig::default(),
+        None,
+        socket.into(),
+        runtime,
+    )
+}
+
 /// Makes connections to the broker.
 pub(crate) struct Connector {
     options: Options,
@@ -151,6 +176,10 @@ impl Connector {
             .max_concurrent_uni_streams(VarInt::from_u32(MAX_DELIVERY_LANES))
             .datagram_receive_buffer_size(Some(datagram::RECEIVE_BUFFER))
             .datagram_send_buffer_size(datagram::SEND_BUFFER);
+        // One acknowledgement of the broker's for 25 packets instead of 2: each costs both ends a packet.
+        let mut acks = quinn::AckFrequencyConfig::default();
+        acks.ack_eliciting_threshold(VarInt::from_u32(25));
+        transport.ack_frequency_config(Some(acks));
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport));
         Ok(Self {
@@ -316,7 +345,7 @@ impl Connector {
         match &mut self.endpoints[slot] {
             Some(endpoint) => Ok(endpoint.clone()),
             empty => {
-                let endpoint = quinn::Endpoint::client(SocketAddr::new(any, 0))?;
+                let endpoint = open(SocketAddr::new(any, 0))?;
                 Ok(empty.insert(endpoint).clone())
             }
         }

@@ -8,8 +8,8 @@ use selvedge_broker::config::DurabilityRules;
 use selvedge_broker::history::HistoryRule;
 use selvedge_broker::{Config, StoreConfig};
 use selvedge_client::{
-    Client, Durability, Message, Publish, Qos, Replay, State, SubscribeError, SubscribeOptions,
-    Subscription, TopicFilter,
+    Client, Durability, Message, Properties, Publish, PublishError, Qos, Replay, State,
+    SubscribeError, SubscribeOptions, Subscription, TopicFilter,
 };
 use selvedge_tests::UdpLink;
 use selvedge_tests::broker::{OPEN, TestBroker};
@@ -359,4 +359,25 @@ async fn a_session_that_is_lost_goes_on_after_what_was_replayed() {
     assert_eq!(take(&mut subscription, 2).await, ["second", "live"]);
     publish(&writer, "line/1", "end").await;
     assert_eq!(take(&mut subscription, 1).await, ["end"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publisher_cannot_date_its_messages() {
+    let broker = TestBroker::open().await;
+    let writer = broker.client("writer").await;
+    let properties = Properties {
+        published: Some(SystemTime::UNIX_EPOCH),
+        ..Properties::default()
+    };
+    let message = Publish::new("line/1", "x")
+        .qos(Qos::AtLeastOnce)
+        .properties(properties);
+    let refused = within("an answer", writer.publish_message(message)).await;
+    let Err(PublishError::Refused(status)) = refused else {
+        panic!("expected a refusal, found {refused:?}");
+    };
+    assert_eq!(
+        status.to_string(),
+        "INVALID_ARGUMENT: a header with published_ms: expected none, since that is the broker's to set"
+    );
 }

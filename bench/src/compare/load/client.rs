@@ -335,6 +335,9 @@ fn transport() -> TransportConfig {
         .max_idle_timeout(Some(VarInt::from_u32(15_000).into()))
         .max_concurrent_bidi_streams(VarInt::from_u32(1024))
         .max_concurrent_uni_streams(VarInt::from_u32(1024));
+    let mut acks = quinn::AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(25));
+    transport.ack_frequency_config(Some(acks));
     transport
 }
 
