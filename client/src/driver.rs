@@ -157,7 +157,11 @@ pub(crate) async fn start(options: Options) -> Result<Arc<Shared>, ConnectError>
         target = failed
             .alternate
             .unwrap_or_else(|| shared.settings.broker.clone());
-        last = Some(failed.error);
+        // What the broker answered says more than that a later attempt got no answer.
+        let answered = matches!(&last, Some(ConnectError::Goodbye(_)));
+        if !(answered && matches!(&failed.error, ConnectError::Timeout { .. })) {
+            last = Some(failed.error);
+        }
         tokio::time::sleep_until((Instant::now() + delay).min(until)).await;
     };
     if established.welcome.session_present {

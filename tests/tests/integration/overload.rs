@@ -109,7 +109,7 @@ async fn a_broker_that_is_full_says_so_and_takes_clients_again_when_there_is_roo
     let _second = broker.client("press-2").await;
     let hurry = || {
         let options = broker.options(broker.device("press-3"));
-        options.connect_timeout(Duration::from_millis(500))
+        options.connect_timeout(Duration::from_secs(2))
     };
     let error = within("the refusal", Client::connect(hurry()))
         .await
