@@ -84,7 +84,7 @@ struct Compare {
     /// Further peers that speak NATS or MQTT.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A further NATS server, called nats-<its version>. May be given more than once.
+    /// A further NATS server, called `nats-2.15` or whatever its version is. May be given more than once.
     #[arg(long, value_name = "PROGRAM", env = "SELVEDGE_BENCH_NATS")]
     nats: Vec<PathBuf>,
     /// Folder for what servers store; its file system is what the disk shapes measure. Default: the
