@@ -3,7 +3,7 @@
 //!
 //! Lanes ask for a turn before each piece of a backlog, and turns are granted in the order in which they
 //! are asked for, as fast as a rate allows. How fast that is follows from how long the runtime takes to
-//! get to a task that is ready, since whatever is live waits as long: see [`Control`]. The probe that
+//! get to a task that is ready, since whatever is live waits as long: see `pacer/control.rs`. The probe that
 //! measures it runs only while somebody is owed something.
 
 use std::collections::VecDeque;
