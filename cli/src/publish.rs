@@ -113,7 +113,7 @@ pub(crate) async fn run(mut args: Args) -> anyhow::Result<ExitCode> {
     } else {
         let plural = if tally.messages == 1 { "" } else { "s" };
         let kept = match tally.durability {
-            Some(durability) => format!(", acknowledged: in {}", place(durability)),
+            Some(durability) => format!(", acknowledged: {}", place(durability)),
             None => String::new(),
         };
         output::line(format_args!(
@@ -208,8 +208,8 @@ fn word(durability: Durability) -> &'static str {
 
 fn place(durability: Durability) -> &'static str {
     match durability {
-        Durability::Default | Durability::Memory => "memory",
-        Durability::Disk => "the broker's disk",
-        Durability::Replicated => "the disks of several brokers",
+        Durability::Default | Durability::Memory => "in memory",
+        Durability::Disk => "on the broker's disk",
+        Durability::Replicated => "on the disks of several brokers",
     }
 }
