@@ -247,10 +247,15 @@ async fn run(args: Args) -> anyhow::Result<ExitCode> {
         ended = reading => return Err(ended?.expect_err("it reads for ever")),
         ended = publishing => return Err(ended?.expect_err("it publishes for ever")),
     };
-    let question = json!({"query": "slow", "limit": 5}).to_string();
+    let question = json!({"query": "slow", "limit": 50}).to_string();
     let answer = publisher.call("$SYS/explain", question).await?;
     let answer: Value = serde_json::from_slice(&answer)?;
-    let explained = answer["records"][0].clone();
+    let records = answer["records"].as_array().into_iter().flatten();
+    let explained = records
+        .into_iter()
+        .find(|record| record["reason"] == "queue_full")
+        .cloned()
+        .unwrap_or_default();
     let result = json!({
         "before": before.json(),
         "beside_a_subscriber_that_never_reads": beside.json(),
