@@ -12,7 +12,7 @@ use rustls::server::WebPkiClientVerifier;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::oid_registry::Oid;
 use x509_parser::prelude::FromDer;
-use x509_parser::revocation_list::CertificateRevocationList;
+use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 use x509_parser::x509::AlgorithmIdentifier as Algorithm;
 
 use crate::certificate::{self, date, hex, printable};
@@ -248,6 +248,12 @@ pub(crate) fn parse<'a>(
     der: &'a [u8],
 ) -> Result<CertificateRevocationList<'a>, LoadError> {
     match CertificateRevocationList::from_der(der) {
+        // X.690, 8.3.1: a number has one byte at least. The parser takes none.
+        Ok(([], list)) if list.iter_revoked_certificates().any(is_nameless) => Err(unusable(
+            origin,
+            "an entry has a serial number of no bytes; expected 1 to 20, make the list again"
+                .into(),
+        )),
         Ok(([], list)) => Ok(list),
         Ok((rest, _)) => Err(unusable(
             origin,
@@ -255,6 +261,11 @@ pub(crate) fn parse<'a>(
         )),
         Err(error) => Err(unusable(origin, printable(&error.to_string()))),
     }
+}
+
+/// Whether no certificate can be meant.
+fn is_nameless(entry: &RevokedCertificate<'_>) -> bool {
+    entry.raw_serial().is_empty()
 }
 
 /// The encoded lists of a PEM text.
@@ -370,6 +381,17 @@ mod tests {
             let error = text.parse::<Serial>().unwrap_err();
             assert_eq!(error, SerialError(printable(text)));
         }
+    }
+
+    #[test]
+    fn a_list_that_withdraws_a_number_of_no_bytes_is_refused() {
+        // Found by the fuzzer: a list of two, where the first number has lost its only byte.
+        let der = include_bytes!("../../fuzz/seeds/revocation_list/nameless.der");
+        let error = parse(&Origin("site.crl".into()), der).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "site.crl cannot be used as revocation list: an entry has a serial number of no bytes; expected 1 to 20, make the list again"
+        );
     }
 
     proptest! {
