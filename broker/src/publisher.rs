@@ -19,7 +19,7 @@ use crate::losses::Reason;
 use crate::policy::{Decision, LivePolicy, Verb};
 use crate::queue::{Pushed, Reserved};
 use crate::quota::Usage;
-use crate::router::{Choice, Route};
+use crate::router::{Choice, Group, Route};
 use crate::session::{Session, Subscriber};
 use crate::store::{Store, StoreError, Synced};
 use crate::tenant::Tenant;
@@ -84,6 +84,27 @@ struct Planned {
     batch: Arc<Batch>,
     /// Room is held in its queue.
     reserved: bool,
+    /// It keeps the message for this share group, none of whose members can take it now.
+    waits: Option<Arc<Group>>,
+}
+
+/// Whom a message that had to be asked for room first goes to.
+#[derive(Default)]
+struct Plan {
+    receivers: Vec<Planned>,
+    /// A share group has nobody for it.
+    nobody: bool,
+}
+
+impl Plan {
+    /// Gives back all room that is held.
+    fn release(self) {
+        for planned in self.receivers {
+            if planned.reserved {
+                planned.receiver.queues[planned.batch.class.index()].release(&planned.batch);
+            }
+        }
+    }
 }
 
 /// One message on its way in.
@@ -454,7 +475,9 @@ impl Publisher {
         })?;
         if !first {
             // The same id on another connection of the publisher was quicker.
-            release(plan.flatten().into_iter().flatten());
+            if let Some(plan) = plan.flatten() {
+                plan.release();
+            }
             self.taken_before(topic, &batch);
         }
         Ok(())
@@ -466,12 +489,14 @@ impl Publisher {
         topic: &mut Topic,
         message: &Incoming<'_>,
         batch: &Arc<Batch>,
-        plan: Option<Vec<Planned>>,
+        plan: Option<Plan>,
     ) -> Result<(), Status> {
         if message.retain {
             let clear = message.payload.as_slice().is_empty();
             if let Err(status) = self.retain(batch, clear) {
-                release(plan.into_iter().flatten());
+                if let Some(plan) = plan {
+                    plan.release();
+                }
                 return Err(status);
             }
             topic.outcome.stored |= self.fabric.store.is_some();
@@ -519,32 +544,32 @@ impl Publisher {
         batch: &Arc<Batch>,
         on_disk: bool,
         failing: Option<&Status>,
-    ) -> Result<Vec<Planned>, Status> {
-        let mut plan = Vec::with_capacity(topic.route.targets.len() + topic.route.groups.len());
+    ) -> Result<Plan, Status> {
+        let mut plan = Plan::default();
         let mut refusal = None;
         let targets = topic
             .route
             .targets
             .iter()
-            .map(|target| (Arc::clone(&target.subscriber), target.max_qos));
+            .map(|target| (Arc::clone(&target.subscriber), target.max_qos, None));
         let mut members = Vec::new();
         for group in &topic.route.groups {
             match group.choose(&topic.flow.topic, self.session, batch.class, batch.qos) {
-                Choice::Member(member) | Choice::Waits(member) => {
+                Choice::Member(member) => {
                     let max_qos = member.max_qos;
-                    members.push((member, max_qos));
+                    members.push((member, max_qos, None));
+                }
+                Choice::Waits(member) => {
+                    let max_qos = member.max_qos;
+                    members.push((member, max_qos, Some(Arc::clone(group))));
                 }
                 Choice::Nobody if on_disk || group.refuses() => {
                     refusal = Some(full("no member of a share group has room"));
                 }
-                Choice::Nobody => {
-                    self.tenant
-                        .losses
-                        .lose(Reason::NoMember, None, batch, batch.count);
-                }
+                Choice::Nobody => plan.nobody = true,
             }
         }
-        for (receiver, max_qos) in targets.chain(members) {
+        for (receiver, max_qos, waits) in targets.chain(members) {
             let batch = Arc::clone(batch).at_most(max_qos);
             // A store that fails keeps nothing, so whoever is kept there cannot be served.
             let reserved =
@@ -559,23 +584,24 @@ impl Publisher {
                     refusal.get_or_insert_with(|| status.clone());
                 }
             }
-            plan.push(Planned {
+            plan.receivers.push(Planned {
                 receiver,
                 batch,
                 reserved: reserved == Reserved::Held,
+                waits,
             });
         }
         match refusal {
             None => Ok(plan),
             Some(status) => {
-                release(plan);
+                plan.release();
                 Err(status)
             }
         }
     }
 
     /// Hands a batch to its receivers, and to the history if the topic has one.
-    fn hand_out(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Vec<Planned>>) {
+    fn hand_out(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Plan>) {
         let metrics = &self.fabric.metrics;
         metrics.messages_in.inc_by(batch.count.into());
         metrics
@@ -589,8 +615,8 @@ impl Publisher {
                     // history, or is in the route by now.
                     self.refresh(topic);
                     let late = plan
-                        .as_deref()
-                        .map(|plan| unplanned(&topic.route, batch, plan));
+                        .as_ref()
+                        .map(|plan| unplanned(&topic.route, batch, &plan.receivers));
                     self.deliver(topic, batch, plan);
                     for (receiver, batch) in late.into_iter().flatten() {
                         let pushed = receiver.queues[batch.class.index()].push(&batch);
@@ -604,9 +630,12 @@ impl Publisher {
     }
 
     #[inline]
-    fn deliver(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Vec<Planned>>) {
+    fn deliver(&self, topic: &mut Topic, batch: &Arc<Batch>, plan: Option<Plan>) {
         if let Some(plan) = plan {
-            for planned in plan {
+            if plan.nobody {
+                self.lose_for_nobody(&mut topic.outcome, batch);
+            }
+            for planned in plan.receivers {
                 let queue = &planned.receiver.queues[planned.batch.class.index()];
                 let pushed = if planned.reserved {
                     queue.push_reserved(&planned.batch)
@@ -614,6 +643,9 @@ impl Publisher {
                     queue.push(&planned.batch)
                 };
                 note(&mut topic.outcome, &planned.receiver, pushed);
+                if let Some(group) = planned.waits {
+                    group.settle();
+                }
             }
             return;
         }
@@ -654,16 +686,19 @@ impl Publisher {
                     let pushed = member.queues[batch.class.index()].push(&batch);
                     note(&mut topic.outcome, &member, pushed);
                     // Somebody may have come while it was put there.
-                    group.hand_on();
+                    group.settle();
                 }
-                Choice::Nobody => {
-                    topic.outcome.given_up |= batch.qos != Qos::AtMostOnce;
-                    self.tenant
-                        .losses
-                        .lose(Reason::NoMember, None, batch, batch.count);
-                }
+                Choice::Nobody => self.lose_for_nobody(&mut topic.outcome, batch),
             }
         }
+    }
+
+    /// A share group has nobody for a message, and nobody keeps it.
+    #[cold]
+    fn lose_for_nobody(&self, outcome: &mut Outcome, batch: &Batch) {
+        outcome.given_up |= batch.qos != Qos::AtMostOnce;
+        let losses = &self.tenant.losses;
+        losses.lose(Reason::NoMember, None, batch, batch.count);
     }
 }
 
@@ -703,14 +738,6 @@ fn note(outcome: &mut Outcome, receiver: &Subscriber, pushed: Pushed) {
                     "the queue of a subscription that disconnects on overflow is full",
                 ));
             }
-        }
-    }
-}
-
-fn release(plan: impl IntoIterator<Item = Planned>) {
-    for planned in plan {
-        if planned.reserved {
-            planned.receiver.queues[planned.batch.class.index()].release(&planned.batch);
         }
     }
 }

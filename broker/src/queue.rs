@@ -696,9 +696,14 @@ impl DeliveryQueue {
         Some(entry)
     }
 
-    /// Puts back what was withdrawn.
+    /// Puts back what was withdrawn, unless the session has ended meanwhile.
     pub(crate) fn put_back(&self, entry: Entry) {
         let mut inner = self.inner.lock();
+        if inner.closed {
+            drop(inner);
+            self.lose(Reason::SessionEnded, &entry.batch);
+            return;
+        }
         inner.bytes += entry.batch.cost();
         self.owner.usage.charge(entry.batch.cost());
         inner.entries.push_front(entry);

@@ -175,7 +175,7 @@ impl Router {
 impl Group {
     /// Who gets the next message of `topic`: the members with a connection and room in turn. A
     /// message is never assigned to an offline or a full member; QoS 1 may wait in the kept queue of
-    /// an offline one, where [`Self::hand_on`] finds it.
+    /// an offline one: [`Self::settle`] has to be called once it is there.
     pub fn choose(&self, topic: &TopicName, publisher: u64, class: Class, qos: Qos) -> Choice {
         let members = self.members.lock();
         let vacancy = |member: &Arc<Subscriber>| member.queues[class.index()].vacancy();
@@ -190,13 +190,7 @@ impl Group {
                 && vacancy(member) == Vacancy::Keeps
                 && is_receiver(member, topic, publisher)
         });
-        match keeper {
-            None => Choice::Nobody,
-            Some(keeper) => {
-                self.waiting.store(true, Ordering::Release);
-                Choice::Waits(Arc::clone(keeper))
-            }
-        }
+        keeper.map_or(Choice::Nobody, |keeper| Choice::Waits(Arc::clone(keeper)))
     }
 
     /// Whether a member refuses publishers when it is full.
@@ -207,10 +201,32 @@ impl Group {
             .any(|member| member.overflow == Overflow::Refuse)
     }
 
-    /// A member has lost its connection: what it has not acknowledged waits for another.
-    pub fn reclaim(&self) {
+    /// Something may wait with a member that cannot take it, since the member has lost its connection
+    /// or keeps it for the others: gives it to one that can, now or when there is one.
+    pub fn settle(&self) {
+        let members = self.members.lock();
+        // Set during the search, so that a member that comes meanwhile searches after this.
         self.waiting.store(true, Ordering::Release);
-        self.hand_on();
+        let mut left = false;
+        for offline in members.iter() {
+            for queue in &offline.queues {
+                while let Some(entry) = queue.withdraw() {
+                    if !self.assign(&members, queue, &entry) {
+                        queue.put_back(entry);
+                        left = true;
+                        break;
+                    }
+                }
+            }
+        }
+        self.waiting.store(left, Ordering::Release);
+    }
+
+    /// A member has a connection or room that it had not: gives it what waits.
+    pub fn hand_on(&self) {
+        if self.waiting.load(Ordering::Acquire) {
+            self.settle();
+        }
     }
 
     /// A member has ended: what it has not acknowledged goes to another.
@@ -243,30 +259,6 @@ impl Group {
             from.forget(entry);
         }
         adopted
-    }
-
-    /// Gives what waits in the queues of offline members to members with a connection and room.
-    pub fn hand_on(&self) {
-        // Cleared before the search, so that what comes to wait during it is not overlooked.
-        if !self.waiting.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let members = self.members.lock();
-        let mut left = false;
-        for offline in members.iter() {
-            for queue in &offline.queues {
-                while let Some(entry) = queue.withdraw() {
-                    if !self.assign(&members, queue, &entry) {
-                        queue.put_back(entry);
-                        left = true;
-                        break;
-                    }
-                }
-            }
-        }
-        if left {
-            self.waiting.store(true, Ordering::Release);
-        }
     }
 }
 

@@ -345,7 +345,7 @@ impl Session {
         }
         // What this member of share groups has not acknowledged, another may take.
         for group in groups {
-            group.reclaim();
+            group.settle();
         }
         Detached::Held { expiry, will }
     }
@@ -505,7 +505,7 @@ impl Session {
     pub(crate) fn reclaim(&self) {
         let groups = groups(&self.state.lock());
         for group in groups {
-            group.reclaim();
+            group.settle();
         }
     }
 

@@ -170,6 +170,8 @@ fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
     };
     assert_eq!(keeper.session_id, 0);
     queue(0).push(&message(Qos::AtLeastOnce));
+    group.settle();
+    assert!(queue(0).bytes() > 0, "nobody is there yet");
 
     // The other one connects: what waits is its.
     let (epoch, _) = sessions[1].attach(Kick::default(), Weak::new(), Duration::ZERO, None);
@@ -181,7 +183,7 @@ fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
     // It goes without having acknowledged it, and comes back as the only member with a connection.
     queue(1).set_durable(true);
     queue(1).offline();
-    group.reclaim();
+    group.settle();
     assert!(queue(1).bytes() > 0, "nobody else is there");
     queue(0).online(7);
     group.hand_on();
@@ -195,6 +197,31 @@ fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
     queue(1).online(8);
     group.take_over(&members[0]);
     assert_eq!(take(1, 8).entries.len(), 1);
+}
+
+#[test]
+fn what_is_put_to_wait_while_a_member_comes_is_that_members() {
+    let router = Router::default();
+    let sessions: Vec<_> = (0..2).map(session).collect();
+    let members: Vec<_> = (0..2)
+        .map(|id| subscriber(&sessions[id], 1, "$share/g/a", Qos::AtLeastOnce))
+        .collect();
+    for member in &members {
+        router.insert(Arc::clone(member));
+    }
+    let topic = TopicName::parse("a").unwrap();
+    let group = Arc::clone(&router.route(&topic, 99).groups[0]);
+    let queue = |member: usize| &members[member].queues[Class::Normal.index()];
+    queue(0).set_durable(true);
+    let choice = group.choose(&topic, 99, Class::Normal, Qos::AtLeastOnce);
+    assert!(matches!(choice, Choice::Waits(_)));
+    // The other one comes after the choice and before the message is where it waits.
+    queue(1).online(1);
+    group.hand_on();
+    queue(0).push(&message(Qos::AtLeastOnce));
+    group.settle();
+    assert_eq!(queue(0).bytes(), 0);
+    assert!(queue(1).bytes() > 0);
 }
 
 #[test]
