@@ -17,6 +17,13 @@ pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/selvedge.v1.rs"));
 }
 
+/// The prost messages of the Open Inference Protocol v2, as in `proto/open_inference.proto`.
+#[cfg(feature = "open-inference")]
+#[allow(missing_docs, clippy::all, unreachable_pub, rustdoc::all)]
+pub mod open_inference {
+    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
+}
+
 /// Revision of `selvedge/1` that this crate speaks.
 pub const REVISION: u32 = 1;
 
