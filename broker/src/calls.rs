@@ -21,11 +21,13 @@ use crate::system;
 use crate::tenant::Tenant;
 
 pub(crate) mod exchange;
+pub(crate) mod local;
 pub(crate) mod tracker;
 
-use self::exchange::{Exchange, Interrupted, Leg};
+use self::exchange::{Exchange, Interrupted, Leg, Sink};
 
 /// Who opened a stream, and where.
+#[derive(Clone)]
 pub(crate) struct Caller {
     pub(crate) fabric: Arc<Fabric>,
     pub(crate) tenant: Arc<Tenant>,
@@ -116,10 +118,10 @@ async fn refuse(caller: &Caller, mut send: SendStream, why: &str) {
 }
 
 /// Writes the status as the last frame.
-pub(crate) async fn end_with(send: &mut SendStream, status: Status) {
+pub(crate) async fn end_with(send: &mut impl Sink, status: Status) {
     let frame = frame::encode(Kind::STATUS, &wire::Status::from(status));
-    if send.write_chunk(frame).await.is_ok() {
-        let _ = send.finish();
+    if send.write(&mut [frame]).await.is_ok() {
+        send.finish();
     }
 }
 

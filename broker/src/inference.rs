@@ -10,7 +10,7 @@ use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
-use crate::calls::exchange::{self, Exchange, Interrupted, Leg, ResponseEnd};
+use crate::calls::exchange::{self, Exchange, Interrupted, Leg, ResponseEnd, Sink, Source};
 use crate::calls::tracker::ResponseTracker;
 use crate::calls::{Caller, end_with, interruption, left_ms};
 use crate::clock;
@@ -60,7 +60,7 @@ enum Attempt {
 pub(crate) async fn infer(
     caller: &Caller,
     header: wire::InferHeader,
-    mut leg: Leg,
+    mut leg: Leg<impl Sink, impl Source>,
     rest: Bytes,
 ) -> (Option<Tier>, Code) {
     let mut tier = None;
@@ -72,7 +72,7 @@ pub(crate) async fn infer(
     caller.refused(Verb::Infer, &model, &status);
     let code = status.code;
     end_with(&mut leg.send, status).await;
-    let _ = leg.recv.stop(code.to_quic().into());
+    leg.recv.stop(code);
     (tier, code)
 }
 
@@ -80,7 +80,7 @@ pub(crate) async fn infer(
 async fn run(
     caller: &Caller,
     header: wire::InferHeader,
-    leg: &mut Leg,
+    leg: &mut Leg<impl Sink, impl Source>,
     rest: Bytes,
     tier: &mut Option<Tier>,
 ) -> Result<Code, Status> {
@@ -150,7 +150,7 @@ async fn run(
 async fn escalate(
     caller: &Caller,
     request: &Checked,
-    leg: &mut Leg,
+    leg: &mut Leg<impl Sink, impl Source>,
     payload: &Whole,
     mut held: Held,
     tier: &mut Option<Tier>,
@@ -228,7 +228,7 @@ async fn escalate(
 async fn ask(
     caller: &Caller,
     request: &Checked,
-    leg: &mut Leg,
+    leg: &mut Leg<impl Sink, impl Source>,
     payload: &Whole,
     slot: Slot,
     reason: String,
@@ -373,7 +373,7 @@ fn read_answer(
 /// Passes on an answer that was held back.
 async fn pass_on(
     caller: &Caller,
-    leg: &mut Leg,
+    leg: &mut Leg<impl Sink, impl Source>,
     worker: &mut Leg,
     answer: &wire::InferAnswer,
     rest: Bytes,
@@ -410,7 +410,7 @@ async fn pass_on(
 
 async fn send_answer(
     from: &mut quinn::RecvStream,
-    to: &mut quinn::SendStream,
+    to: &mut impl Sink,
     answer: &wire::InferAnswer,
     rest: Bytes,
     tracker: &mut ResponseTracker,
@@ -419,7 +419,7 @@ async fn send_answer(
         return ResponseEnd::Malformed(error.to_string());
     }
     let mut chunks = [frame::encode(Kind::ANSWER, answer), rest];
-    if to.write_all_chunks(&mut chunks).await.is_err() {
+    if to.write(&mut chunks).await.is_err() {
         return ResponseEnd::CallerGone;
     }
     exchange::copy_response(from, to, tracker).await
@@ -460,7 +460,7 @@ async fn first_frame(
 }
 
 async fn forward(
-    from: &mut quinn::RecvStream,
+    from: &mut impl Source,
     to: &mut quinn::SendStream,
     payload: &Whole,
 ) -> exchange::RequestEnd {
@@ -483,11 +483,12 @@ struct Whole {
 
 impl Whole {
     /// Reads to the end, or until more than `limit` bytes are held.
-    async fn read(&mut self, leg: &mut Leg, limit: usize, due: Instant) -> Result<(), Status> {
+    async fn read(&mut self, leg: &mut Leg<impl Sink, impl Source>, limit: usize, due: Instant) -> Result<(), Status> {
         let mut held = BytesMut::from(std::mem::take(&mut self.bytes));
         while held.len() <= limit {
-            match tokio::time::timeout_at(due.into(), leg.recv.read_chunk(usize::MAX, true)).await {
-                Ok(Ok(Some(chunk))) => held.extend_from_slice(&chunk.bytes),
+            let mut chunk = [Bytes::new()];
+            match tokio::time::timeout_at(due.into(), leg.recv.read(&mut chunk)).await {
+                Ok(Ok(Some(_))) => held.extend_from_slice(&chunk[0]),
                 Ok(Ok(None)) => {
                     self.ended = true;
                     break;

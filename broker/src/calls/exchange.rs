@@ -15,13 +15,75 @@ use super::tracker::ResponseTracker;
 /// Chunks forwarded at once.
 const CHUNKS: usize = 32;
 
+/// Where the bytes of a response go: to a peer, or to the front door of this broker.
+pub(crate) trait Sink: Send {
+    /// Resolves when nobody takes the response any more.
+    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static;
+
+    /// Hands chunks over, no faster than they are taken. They are taken out of the slice.
+    fn write(&mut self, chunks: &mut [Bytes]) -> impl Future<Output = Result<(), Gone>> + Send;
+
+    /// The response is whole.
+    fn finish(&mut self);
+
+    /// The response is given up.
+    fn reset(&mut self, code: Code);
+}
+
+/// Where the bytes of a request come from.
+pub(crate) trait Source: Send {
+    /// Fills chunks in from the first on; `None` at the end of the request.
+    fn read(
+        &mut self,
+        chunks: &mut [Bytes],
+    ) -> impl Future<Output = Result<Option<usize>, Gone>> + Send;
+
+    /// Nothing more is read.
+    fn stop(&mut self, code: Code);
+}
+
+/// The other side has given up, or is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Gone;
+
+impl Sink for SendStream {
+    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+        let stopped = SendStream::stopped(self);
+        async move {
+            let _ = stopped.await;
+        }
+    }
+
+    async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), Gone> {
+        self.write_all_chunks(chunks).await.map_err(|_| Gone)
+    }
+
+    fn finish(&mut self) {
+        let _ = SendStream::finish(self);
+    }
+
+    fn reset(&mut self, code: Code) {
+        let _ = SendStream::reset(self, code.to_quic().into());
+    }
+}
+
+impl Source for RecvStream {
+    async fn read(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, Gone> {
+        self.read_chunks(chunks).await.map_err(|_| Gone)
+    }
+
+    fn stop(&mut self, code: Code) {
+        let _ = RecvStream::stop(self, code.to_quic().into());
+    }
+}
+
 /// One side of a call.
 #[derive(Debug)]
-pub(crate) struct Leg {
+pub(crate) struct Leg<S = SendStream, R = RecvStream> {
     /// Towards the peer.
-    pub(crate) send: SendStream,
+    pub(crate) send: S,
     /// From the peer.
-    pub(crate) recv: RecvStream,
+    pub(crate) recv: R,
 }
 
 impl Leg {
@@ -31,11 +93,13 @@ impl Leg {
         send.write_chunk(header).await.ok()?;
         Some(Self { send, recv })
     }
+}
 
+impl<S: Sink, R: Source> Leg<S, R> {
     /// Ends both directions at once.
     pub(crate) fn abandon(&mut self, code: Code) -> Code {
-        let _ = self.send.reset(code.to_quic().into());
-        let _ = self.recv.stop(code.to_quic().into());
+        self.send.reset(code);
+        self.recv.stop(code);
         code
     }
 }
@@ -125,7 +189,7 @@ impl<S: Future, R: Future<Output = RequestEnd>> Exchange<'_, S, R> {
 
 /// Forwards a request: `first`, then what comes from `from`, no faster than `to` takes it.
 pub(crate) async fn forward_request(
-    from: &mut RecvStream,
+    from: &mut impl Source,
     to: &mut SendStream,
     first: Bytes,
 ) -> RequestEnd {
@@ -134,7 +198,7 @@ pub(crate) async fn forward_request(
     }
     let mut chunks: [Bytes; CHUNKS] = [const { Bytes::new() }; CHUNKS];
     loop {
-        match from.read_chunks(&mut chunks).await {
+        match from.read(&mut chunks).await {
             Ok(Some(count)) => {
                 if to.write_all_chunks(&mut chunks[..count]).await.is_err() {
                     return RequestEnd::CalleeStopped;
@@ -152,7 +216,7 @@ pub(crate) async fn forward_request(
 /// Passes a response on to its end, no faster than the caller takes it.
 pub(crate) async fn copy_response(
     from: &mut RecvStream,
-    to: &mut SendStream,
+    to: &mut impl Sink,
     tracker: &mut ResponseTracker,
 ) -> ResponseEnd {
     let mut chunks: [Bytes; CHUNKS] = [const { Bytes::new() }; CHUNKS];
@@ -164,7 +228,7 @@ pub(crate) async fn copy_response(
                         return ResponseEnd::Malformed(error.to_string());
                     }
                 }
-                if to.write_all_chunks(&mut chunks[..count]).await.is_err() {
+                if to.write(&mut chunks[..count]).await.is_err() {
                     return ResponseEnd::CallerGone;
                 }
             }
@@ -179,17 +243,17 @@ pub(crate) async fn copy_response(
 
 /// Ends both legs as the outcome of copying demands, and says how the call ended.
 pub(crate) async fn conclude(
-    caller: &mut Leg,
+    caller: &mut Leg<impl Sink, impl Source>,
     callee: &mut Leg,
     tracker: &ResponseTracker,
     outcome: Result<ResponseEnd, Interrupted>,
 ) -> Code {
     let status = match outcome {
         Ok(ResponseEnd::Finished) if tracker.is_at_boundary() && tracker.ended().is_some() => {
-            let _ = caller.send.finish();
+            caller.send.finish();
             // The callee may have answered before it had the whole request.
-            let _ = caller.recv.stop(Code::Ok.to_quic().into());
-            let _ = callee.send.reset(Code::Ok.to_quic().into());
+            caller.recv.stop(Code::Ok);
+            Sink::reset(&mut callee.send, Code::Ok);
             return tracker.code().unwrap_or(Code::Unknown);
         }
         Ok(ResponseEnd::Finished) => {
@@ -216,7 +280,7 @@ pub(crate) async fn conclude(
     callee.abandon(code);
     if tracker.is_at_boundary() && tracker.ended().is_none() {
         super::end_with(&mut caller.send, status).await;
-        let _ = caller.recv.stop(code.to_quic().into());
+        caller.recv.stop(code);
     } else {
         // Inside a frame no status can be told apart from payload.
         caller.abandon(code);
