@@ -11,6 +11,8 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::history::HistoryRule;
 use crate::mqtt::password::Passwords;
+use crate::mqtt::proxy::{Network, TrustedProxies};
+use crate::mqtt::websocket::Origins;
 use crate::policy::{IdentityPattern, Policy};
 use crate::quota::rate;
 
@@ -85,6 +87,30 @@ pub struct MqttConfig {
     pub passwords: Option<Passwords>,
     /// Address of the plaintext listener and the identity of everyone on it.
     pub danger_plaintext: Option<(SocketAddr, Identity)>,
+    /// Address of the listener for WebSockets over TLS. Clients prove who they are as on `tls`.
+    pub wss: Option<SocketAddr>,
+    /// Address of the listener for WebSockets without TLS and the identity of everyone on it.
+    pub danger_ws: Option<(SocketAddr, Identity)>,
+    /// Web pages that may open a WebSocket.
+    pub origins: Origins,
+    /// Whether the QUIC listener takes MQTT clients, too.
+    pub quic: bool,
+    /// Listeners behind load balancers.
+    pub proxies: MqttProxies,
+}
+
+/// Load balancers before the MQTT listeners. Where there are any, every connection has to come from
+/// one of them and begin with a PROXY protocol header.
+#[derive(Debug, Clone, Default)]
+pub struct MqttProxies {
+    /// Before `mqtt.tls`.
+    pub tls: Option<TrustedProxies>,
+    /// Before `mqtt.wss`.
+    pub wss: Option<TrustedProxies>,
+    /// Before `mqtt.danger_plaintext`.
+    pub danger_plaintext: Option<TrustedProxies>,
+    /// Before `mqtt.danger_ws`.
+    pub danger_ws: Option<TrustedProxies>,
 }
 
 /// Bounds on what peers may use. Each has a default that suits a small server.
@@ -296,6 +322,15 @@ impl Config {
             "mqtt.danger_plaintext",
             file.mqtt.danger_plaintext.as_deref(),
         );
+        let wss = address(&mut problems, "mqtt.wss", file.mqtt.wss.as_deref());
+        let ws = file.mqtt.danger_ws.as_deref();
+        let ws = address(&mut problems, "mqtt.danger_ws", ws);
+        let origins = keep(
+            &mut problems,
+            "mqtt.origins",
+            Origins::parse(&file.mqtt.origins),
+        );
+        let proxies = file.mqtt.proxies(&mut problems);
         let passwords = file
             .mqtt
             .passwords
@@ -312,35 +347,43 @@ impl Config {
                     uri.parse::<Identity>(),
                 )
             });
-        let danger_plaintext = match (plaintext, fixed) {
-            (Some(address), Some(identity)) => Some((address, identity)),
-            (Some(_), None) if file.mqtt.danger_plaintext_identity.is_none() => {
-                problems.push(ConfigProblem::new(
-                    "mqtt.danger_plaintext_identity",
-                    "missing: expected the identity of everyone on the plaintext listener, \
-                     spiffe://<trust-domain>/<tenant>/<site>/<name>",
-                ));
-                None
-            }
-            (None, Some(_)) if file.mqtt.danger_plaintext.is_none() => {
-                problems.push(ConfigProblem::new(
-                    "mqtt.danger_plaintext_identity",
-                    "given without mqtt.danger_plaintext: add the address or take this out",
-                ));
-                None
-            }
-            _ => None,
-        };
-        if file.mqtt.passwords.is_some() && file.mqtt.tls.is_none() {
+        let in_the_clear = file.mqtt.danger_plaintext.is_some() || file.mqtt.danger_ws.is_some();
+        match &file.mqtt.danger_plaintext_identity {
+            None if in_the_clear => problems.push(ConfigProblem::new(
+                "mqtt.danger_plaintext_identity",
+                "missing: expected the identity of everyone on the plaintext listener, \
+                 spiffe://<trust-domain>/<tenant>/<site>/<name>",
+            )),
+            Some(_) if !in_the_clear => problems.push(ConfigProblem::new(
+                "mqtt.danger_plaintext_identity",
+                "given without mqtt.danger_plaintext or mqtt.danger_ws: add an address or take \
+                 this out",
+            )),
+            _ => {}
+        }
+        let danger_plaintext = plaintext.zip(fixed.clone());
+        let danger_ws = ws.zip(fixed);
+        let with_websocket = file.mqtt.wss.is_some() || file.mqtt.danger_ws.is_some();
+        if !file.mqtt.origins.is_empty() && !with_websocket {
             problems.push(ConfigProblem::new(
-                "mqtt.passwords",
-                "given without mqtt.tls: passwords are only taken over TLS",
+                "mqtt.origins",
+                "given without mqtt.wss or mqtt.danger_ws: only web pages have origins",
             ));
         }
-        if file.listen.quic.is_none()
-            && file.mqtt.tls.is_none()
-            && file.mqtt.danger_plaintext.is_none()
-        {
+        if file.mqtt.quic && file.listen.quic.is_none() {
+            problems.push(ConfigProblem::new(
+                "mqtt.quic",
+                "given without listen.quic: MQTT clients share that listener with native ones",
+            ));
+        }
+        let with_tls = file.mqtt.tls.is_some() || file.mqtt.wss.is_some();
+        if file.mqtt.passwords.is_some() && !with_tls {
+            problems.push(ConfigProblem::new(
+                "mqtt.passwords",
+                "given without mqtt.tls or mqtt.wss: passwords are only taken over TLS",
+            ));
+        }
+        if file.listen.quic.is_none() && !with_tls && !in_the_clear {
             problems.push(ConfigProblem::new(
                 "listen.quic",
                 "missing: expected at least one listener",
@@ -404,6 +447,11 @@ impl Config {
                     tls,
                     passwords,
                     danger_plaintext,
+                    wss,
+                    danger_ws,
+                    origins: origins.unwrap_or_default(),
+                    quic: file.mqtt.quic,
+                    proxies,
                 },
                 admin,
                 store,
@@ -784,6 +832,76 @@ struct MqttTable {
     passwords: Option<PathBuf>,
     danger_plaintext: Option<String>,
     danger_plaintext_identity: Option<String>,
+    wss: Option<String>,
+    danger_ws: Option<String>,
+    #[serde(default)]
+    origins: Vec<String>,
+    #[serde(default)]
+    quic: bool,
+    #[serde(default)]
+    proxy_protocol: Vec<ProxyTable>,
+}
+
+/// Listeners behind load balancers, by key.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProxyTable {
+    listeners: Vec<String>,
+    trusted: Vec<String>,
+}
+
+impl MqttTable {
+    fn proxies(&self, problems: &mut Vec<ConfigProblem>) -> MqttProxies {
+        let mut proxies = MqttProxies::default();
+        for (at, table) in self.proxy_protocol.iter().enumerate() {
+            let key = |key: &str| format!("mqtt.proxy_protocol[{at}].{key}");
+            let networks: Vec<Network> = table
+                .trusted
+                .iter()
+                .filter_map(|text| keep(problems, &key("trusted"), text.parse()))
+                .collect();
+            for (list, what) in [(&table.listeners, "listeners"), (&table.trusted, "trusted")] {
+                if list.is_empty() {
+                    problems.push(ConfigProblem::new(key(what), "names nobody"));
+                }
+            }
+            for name in &table.listeners {
+                let (given, slot) = match name.as_str() {
+                    "tls" => (self.tls.is_some(), &mut proxies.tls),
+                    "wss" => (self.wss.is_some(), &mut proxies.wss),
+                    "danger_plaintext" => (
+                        self.danger_plaintext.is_some(),
+                        &mut proxies.danger_plaintext,
+                    ),
+                    "danger_ws" => (self.danger_ws.is_some(), &mut proxies.danger_ws),
+                    other => {
+                        problems.push(ConfigProblem::new(
+                            key("listeners"),
+                            format!(
+                                "{other:?} is no listener: expected tls, wss, danger_plaintext or \
+                                 danger_ws"
+                            ),
+                        ));
+                        continue;
+                    }
+                };
+                if !given {
+                    problems.push(ConfigProblem::new(
+                        key("listeners"),
+                        format!("names {name:?} without mqtt.{name}"),
+                    ));
+                }
+                if slot.is_some() {
+                    problems.push(ConfigProblem::new(
+                        key("listeners"),
+                        format!("names {name:?}, which was named before"),
+                    ));
+                }
+                *slot = Some(TrustedProxies::new(networks.iter().copied()));
+            }
+        }
+        proxies
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -1,17 +1,18 @@
-//! The native listener: QUIC endpoint, accept loop and transport settings.
+//! The QUIC listener, for native clients and for MQTT: endpoint, accept loop and transport settings.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
 use selvedge_certs::{ReloadableCredentials, TrustAnchors};
-use selvedge_proto::ALPN;
 use selvedge_proto::status::{Code, Status};
 
 use crate::config::Limits;
 use crate::fabric::{Fabric, Slot, no_slot};
+use crate::mqtt;
 use crate::revocation;
 
 mod connection;
@@ -39,7 +40,8 @@ const FIRST_LANES: u32 = 8;
 /// Publish lanes that a client may have open: one for each class, and some for isolation.
 const LANES: u32 = 64;
 
-/// Opens the endpoint. Nothing is accepted before [`accept`] runs.
+/// Opens the endpoint for clients that speak one of `protocols`, which are names of ALPN. Nothing is
+/// accepted before [`accept`] runs.
 ///
 /// # Errors
 /// The address is taken or not this machine's.
@@ -48,6 +50,7 @@ pub fn bind(
     credentials: &ReloadableCredentials,
     trust: &TrustAnchors,
     limits: &Limits,
+    protocols: &[&[u8]],
 ) -> Result<Endpoint, BindError> {
     let socket = socket2::Socket::new(
         socket2::Domain::for_address(address),
@@ -62,7 +65,7 @@ pub fn bind(
     }
     socket.bind(&address.into())?;
     let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
-    let config = server_config(credentials, trust, limits)?;
+    let config = server_config(credentials, trust, limits, protocols)?;
     Ok(Endpoint::new(
         EndpointConfig::default(),
         Some(config),
@@ -79,10 +82,11 @@ pub fn server_config(
     credentials: &ReloadableCredentials,
     trust: &TrustAnchors,
     limits: &Limits,
+    protocols: &[&[u8]],
 ) -> Result<ServerConfig, selvedge_certs::TlsError> {
     let current = credentials.current();
     let domain = current.identity().trust_domain();
-    let tls = selvedge_certs::quic_server_config(credentials, trust, Some(domain), &[ALPN])?;
+    let tls = selvedge_certs::quic_server_config(credentials, trust, Some(domain), protocols)?;
     let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport(limits)));
     Ok(config)
@@ -183,6 +187,7 @@ async fn serve(
 ) {
     let remote = incoming.remote_address();
     let begun = fabric.peers.generation();
+    let deadline = tokio::time::Instant::now() + fabric.limits.handshake_timeout;
     let connecting = match incoming.accept() {
         Ok(connecting) => connecting,
         Err(error) => {
@@ -191,7 +196,7 @@ async fn serve(
             return;
         }
     };
-    let connection = match tokio::time::timeout(fabric.limits.handshake_timeout, connecting).await {
+    let connection = match tokio::time::timeout_at(deadline, connecting).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
             let reason = selvedge_certs::explain_connection_error(&error);
@@ -205,11 +210,17 @@ async fn serve(
         }
     };
     drop(handshake);
+    let speaks_mqtt = speaks(&connection, mqtt::ALPN);
+    let listener = if speaks_mqtt {
+        mqtt::OVER_QUIC
+    } else {
+        LISTENER
+    };
     let identity = match selvedge_certs::peer_identity_of_quinn(&connection) {
         Ok(identity) => identity,
         // The verifier has refused such certificates already.
         Err(error) => {
-            fabric.metrics.refuse(LISTENER, "identity");
+            fabric.metrics.refuse(listener, "identity");
             connection.close(
                 Code::Unauthenticated.to_quic().into(),
                 error.to_string().as_bytes(),
@@ -217,7 +228,8 @@ async fn serve(
             return;
         }
     };
-    if slot.is_refusal {
+    // MQTT has words of its own for it.
+    if slot.is_refusal && !speaks_mqtt {
         fabric.metrics.refuse(LISTENER, "connection_limit");
         let status = no_slot();
         fabric.tenant(&identity).refused(&identity, &status);
@@ -225,11 +237,11 @@ async fn serve(
         return;
     }
     let chain = selvedge_certs::peer_certificates(&connection).unwrap_or_default();
-    let peer = match fabric.peers.enter(&trust, begun, LISTENER, &chain) {
+    let peer = match fabric.peers.enter(&trust, begun, listener, &chain) {
         Ok(peer) => peer,
         Err(refused) => {
             tracing::warn!(%remote, reason = %refused, "handshake failed");
-            fabric.metrics.refuse(LISTENER, revocation::label(&refused));
+            fabric.metrics.refuse(listener, revocation::label(&refused));
             let reason = refused.to_string();
             let status = Status::new(Code::Unauthenticated, reason.as_str());
             fabric.tenant(&identity).refused(&identity, &status);
@@ -237,9 +249,22 @@ async fn serve(
             return;
         }
     };
-    let guard = fabric.metrics.connected(LISTENER);
-    connection::run(&fabric, connection, identity, &peer).await;
+    let guard = (!slot.is_refusal).then(|| fabric.metrics.connected(listener));
+    if speaks_mqtt {
+        let conversation = mqtt::serve_quic(&fabric, &connection, identity, peer, deadline, slot);
+        Box::pin(conversation).await;
+    } else {
+        connection::run(&fabric, connection, identity, &peer).await;
+    }
     drop(guard);
+}
+
+/// Whether a connection has agreed on a protocol by ALPN.
+fn speaks(connection: &quinn::Connection, protocol: &[u8]) -> bool {
+    connection
+        .handshake_data()
+        .and_then(|data| data.downcast::<HandshakeData>().ok())
+        .is_some_and(|data| data.protocol.as_deref() == Some(protocol))
 }
 
 fn handshake_reason(error: &quinn::ConnectionError) -> &'static str {

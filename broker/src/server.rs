@@ -57,6 +57,10 @@ pub struct Addresses {
     pub mqtt: Option<SocketAddr>,
     /// MQTT over TLS.
     pub mqtts: Option<SocketAddr>,
+    /// MQTT over WebSocket, without TLS.
+    pub ws: Option<SocketAddr>,
+    /// MQTT over WebSocket and TLS.
+    pub wss: Option<SocketAddr>,
     /// Health, metrics and the live page.
     pub admin: Option<SocketAddr>,
 }
@@ -75,7 +79,7 @@ pub enum BindError {
     /// A TCP listener cannot be opened.
     #[error("cannot listen for {what} on {address}: {source}")]
     Tcp {
-        /// `MQTT`, `MQTT over TLS` or `admin`.
+        /// Such as `MQTT over TLS` or `admin`.
         what: &'static str,
         /// Where.
         address: SocketAddr,
@@ -101,8 +105,14 @@ impl Server {
         let endpoint = match config.quic {
             None => None,
             Some(address) => Some(
-                quic::bind(address, &credentials, &config.trust, &config.limits)
-                    .map_err(|source| BindError::Quic { address, source })?,
+                quic::bind(
+                    address,
+                    &credentials,
+                    &config.trust,
+                    &config.limits,
+                    protocols(&config),
+                )
+                .map_err(|source| BindError::Quic { address, source })?,
             ),
         };
         Self::serve(config, credentials, endpoint).await
@@ -119,6 +129,7 @@ impl Server {
             &credentials,
             &config.trust,
             &config.limits,
+            protocols(&config),
         )?));
         Self::serve(config, credentials, Some(endpoint)).await
     }
@@ -128,31 +139,7 @@ impl Server {
         credentials: ReloadableCredentials,
         endpoint: Option<Endpoint>,
     ) -> Result<Self, BindError> {
-        let tls = match config.mqtt.tls {
-            None => None,
-            Some(address) => {
-                let auth = if config.mqtt.passwords.is_some() {
-                    ClientAuth::Optional(&config.trust)
-                } else {
-                    ClientAuth::Required(&config.trust)
-                };
-                let domain = config.credentials.identity().trust_domain();
-                let tls = selvedge_certs::tcp_server_config(
-                    &credentials,
-                    auth,
-                    Some(domain),
-                    &[b"mqtt"],
-                )?;
-                Some((
-                    listen("MQTT over TLS", address).await?,
-                    TlsAcceptor::from(tls),
-                ))
-            }
-        };
-        let plaintext = match &config.mqtt.danger_plaintext {
-            None => None,
-            Some((address, identity)) => Some((listen("MQTT", *address).await?, identity.clone())),
-        };
+        let mqtt = bind_mqtt(&config, &credentials).await?;
         let admin = match config.admin {
             None => None,
             Some(address) => Some(listen("admin", address).await?),
@@ -161,12 +148,10 @@ impl Server {
             quic: endpoint
                 .as_ref()
                 .and_then(|endpoint| endpoint.local_addr().ok()),
-            mqtt: plaintext
-                .as_ref()
-                .and_then(|(listener, _)| listener.local_addr().ok()),
-            mqtts: tls
-                .as_ref()
-                .and_then(|(listener, _)| listener.local_addr().ok()),
+            mqtt: address_of(&mqtt, "mqtt"),
+            mqtts: address_of(&mqtt, "mqtts"),
+            ws: address_of(&mqtt, "ws"),
+            wss: address_of(&mqtt, "wss"),
             admin: admin
                 .as_ref()
                 .and_then(|listener| listener.local_addr().ok()),
@@ -209,25 +194,9 @@ impl Server {
                 config.trust.clone(),
             )));
         }
-        if let Some((listener, acceptor)) = tls {
-            let mode = mqtt::Mode::Tls {
-                acceptor,
-                trust: config.trust.clone(),
-                passwords: config.mqtt.passwords,
-            };
-            listeners.push(tokio::spawn(mqtt::listen(
-                Arc::clone(&fabric),
-                listener,
-                mode,
-            )));
-        }
-        if let Some((listener, identity)) = plaintext {
-            let mode = mqtt::Mode::Plaintext { identity };
-            listeners.push(tokio::spawn(mqtt::listen(
-                Arc::clone(&fabric),
-                listener,
-                mode,
-            )));
+        for (socket, listener) in mqtt {
+            let serve = mqtt::listen(Arc::clone(&fabric), socket, listener);
+            listeners.push(tokio::spawn(serve));
         }
         if let Some(listener) = admin {
             listeners.push(tokio::spawn(admin::serve(Arc::clone(&fabric), listener)));
@@ -356,6 +325,98 @@ async fn free(endpoint: Endpoint) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     tracing::warn!(%address, "the port is still in use");
+}
+
+/// What clients of the QUIC listener may speak.
+fn protocols(config: &Config) -> &'static [&'static [u8]] {
+    if config.mqtt.quic {
+        &[selvedge_proto::ALPN, mqtt::ALPN]
+    } else {
+        &[selvedge_proto::ALPN]
+    }
+}
+
+/// Opens the TCP ports of MQTT.
+async fn bind_mqtt(
+    config: &Config,
+    credentials: &ReloadableCredentials,
+) -> Result<Vec<(TcpListener, mqtt::Listener)>, BindError> {
+    let mqtt = &config.mqtt;
+    let websocket = || mqtt::Carrier::WebSocket(mqtt.origins.clone());
+    let mut listeners = Vec::new();
+    let encrypted = [
+        (
+            "MQTT over TLS",
+            mqtt.tls,
+            mqtt::ALPN,
+            mqtt::Carrier::Stream,
+            &mqtt.proxies.tls,
+        ),
+        (
+            "MQTT over WebSocket and TLS",
+            mqtt.wss,
+            mqtt::ALPN_HTTP,
+            websocket(),
+            &mqtt.proxies.wss,
+        ),
+    ];
+    for (what, address, alpn, carrier, proxies) in encrypted {
+        let Some(address) = address else {
+            continue;
+        };
+        let auth = if mqtt.passwords.is_some() {
+            ClientAuth::Optional(&config.trust)
+        } else {
+            ClientAuth::Required(&config.trust)
+        };
+        let domain = config.credentials.identity().trust_domain();
+        let tls = selvedge_certs::tcp_server_config(credentials, auth, Some(domain), &[alpn])?;
+        let mode = mqtt::Mode::Tls {
+            acceptor: TlsAcceptor::from(tls),
+            trust: config.trust.clone(),
+            passwords: mqtt.passwords.clone(),
+        };
+        let proxies = proxies.clone();
+        let listener = mqtt::Listener {
+            mode,
+            carrier,
+            proxies,
+        };
+        listeners.push((listen(what, address).await?, listener));
+    }
+    let plaintext = [
+        (
+            "MQTT",
+            &mqtt.danger_plaintext,
+            mqtt::Carrier::Stream,
+            &mqtt.proxies.danger_plaintext,
+        ),
+        (
+            "MQTT over WebSocket",
+            &mqtt.danger_ws,
+            websocket(),
+            &mqtt.proxies.danger_ws,
+        ),
+    ];
+    for (what, open, carrier, proxies) in plaintext {
+        let Some((address, identity)) = open else {
+            continue;
+        };
+        let identity = identity.clone();
+        let listener = mqtt::Listener {
+            mode: mqtt::Mode::Plaintext { identity },
+            carrier,
+            proxies: proxies.clone(),
+        };
+        listeners.push((listen(what, *address).await?, listener));
+    }
+    Ok(listeners)
+}
+
+/// Where the listener of this label is bound.
+fn address_of(listeners: &[(TcpListener, mqtt::Listener)], label: &str) -> Option<SocketAddr> {
+    let (socket, _) = listeners.iter().find(|(_, found)| found.label() == label)?;
+    socket.local_addr().ok()
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {

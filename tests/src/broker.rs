@@ -93,11 +93,15 @@ impl TestBroker {
         let addresses = server.addresses();
         self.config.quic = addresses.quic;
         self.config.admin = addresses.admin;
-        self.config.mqtt.tls = addresses.mqtts;
-        if let (Some(plaintext), Some(bound)) =
-            (&mut self.config.mqtt.danger_plaintext, addresses.mqtt)
-        {
-            plaintext.0 = bound;
+        let mqtt = &mut self.config.mqtt;
+        (mqtt.tls, mqtt.wss) = (addresses.mqtts, addresses.wss);
+        for (open, bound) in [
+            (&mut mqtt.danger_plaintext, addresses.mqtt),
+            (&mut mqtt.danger_ws, addresses.ws),
+        ] {
+            if let (Some(open), Some(bound)) = (open, bound) {
+                open.0 = bound;
+            }
         }
         self.server = Some(server);
     }

@@ -64,6 +64,7 @@ pub fn bind(cert: &Path, key: &Path, trust: &Path) -> anyhow::Result<Endpoint> {
         &ReloadableCredentials::new(credentials),
         &trust,
         &Limits::default(),
+        &[selvedge_proto::ALPN],
     )
     .context("open the relay")
 }

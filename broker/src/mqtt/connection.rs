@@ -36,7 +36,7 @@ const READ: (usize, usize) = (4 * 1024, 64 * 1024);
 const STOP_READING: usize = 4 * HIGH_WATER;
 
 /// Time for the last packet to reach the peer before the connection closes.
-const FAREWELL: Duration = Duration::from_secs(1);
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Runs a connection to its end. CONNECT has to arrive before `deadline`.
 pub(crate) async fn run<S>(

@@ -19,7 +19,7 @@ pub(crate) use rmqtt_codec::v5::PublishProperties;
 
 /// Largest CONNECT, in bytes: its five strings and binaries of at most 64 KiB each, and properties.
 /// Before it is read the peer is nobody, so it gets no larger buffer.
-const MAX_CONNECT: usize = 512 * 1024;
+pub(crate) const MAX_CONNECT: usize = 512 * 1024;
 
 /// A version of the protocol, as CONNECT names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

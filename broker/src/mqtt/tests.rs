@@ -19,7 +19,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::codec::Framed;
 
 use super::packet::Publish;
-use super::{Mode, listen, password};
+use super::{Carrier, Listener, Mode, listen, password};
 use crate::config::{DurabilityRules, Limits};
 use crate::fabric::{Fabric, FabricOptions, REFUSALS};
 use crate::policy::Policy;
@@ -80,7 +80,12 @@ impl Broker {
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(listen(Arc::clone(&fabric), listener, mode));
+        let kind = Listener {
+            mode,
+            carrier: Carrier::Stream,
+            proxies: None,
+        };
+        tokio::spawn(listen(Arc::clone(&fabric), listener, kind));
         Self { fabric, address }
     }
 

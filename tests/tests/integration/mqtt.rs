@@ -31,7 +31,7 @@ async fn with_tls() -> TestBroker {
         config.mqtt = MqttConfig {
             tls: Some(([127, 0, 0, 1], 0).into()),
             passwords: Some(Passwords::load(&file).unwrap()),
-            danger_plaintext: None,
+            ..MqttConfig::default()
         };
     })
     .await
