@@ -12,6 +12,7 @@ pub mod pki;
 pub mod power;
 pub mod raw;
 pub mod sim;
+pub mod tunnel;
 pub mod wait;
 
 pub use broker::TestBroker;

@@ -16,6 +16,7 @@ mod inference;
 mod limits;
 mod message_ids;
 mod mqtt;
+mod mqtt_transports;
 mod overload;
 mod policy;
 mod priorities;
