@@ -16,7 +16,9 @@ use selvedge_client::{Options, Tier};
 use selvedge_worker::model::ConfidenceRule;
 use selvedge_worker::{ModelSpec, OnnxModel, Worker, WorkerOptions};
 
-pub(crate) use self::folder::{CLOUD_MODEL, EDGE_MODEL, Folder, POLICY, TEST_IMAGES, USER_NAME};
+pub(crate) use self::folder::{
+    CLOUD_MODEL, EDGE_MODEL, Folder, POLICY, TEST_IMAGES, USER_NAME, write_secret,
+};
 
 /// Folder of the authority and its certificates within that of a fabric.
 pub(crate) const PKI: &str = "pki";
@@ -56,8 +58,16 @@ pub(crate) struct Listeners {
     pub(crate) mqtt: Option<SocketAddr>,
     /// MQTT over TLS.
     pub(crate) mqtts: Option<SocketAddr>,
+    /// MQTT over WebSocket, in the clear.
+    pub(crate) ws: Option<SocketAddr>,
+    /// MQTT over WebSocket and TLS.
+    pub(crate) wss: Option<SocketAddr>,
     /// Admin HTTP.
     pub(crate) admin: Option<SocketAddr>,
+    /// The front door over gRPC, in the clear.
+    pub(crate) grpc: Option<SocketAddr>,
+    /// The front door over HTTP, in the clear.
+    pub(crate) http: Option<SocketAddr>,
 }
 
 impl Listeners {
@@ -65,13 +75,27 @@ impl Listeners {
     pub(crate) fn apply(&self, config: &mut Config, folder: &Folder) -> anyhow::Result<()> {
         config.quic = self.quic.or(config.quic);
         config.mqtt.tls = self.mqtts.or(config.mqtt.tls);
+        config.mqtt.wss = self.wss.or(config.mqtt.wss);
         config.admin = self.admin.or(config.admin);
-        if let Some(address) = self.mqtt {
-            let identity = match config.mqtt.danger_plaintext.take() {
+        let front = &mut config.front;
+        front.danger_plaintext_grpc = self.grpc.or(front.danger_plaintext_grpc);
+        front.danger_plaintext_http = self.http.or(front.danger_plaintext_http);
+        if self.grpc.or(self.http).is_some() && front.tokens.is_none() {
+            front.tokens = Some(folder.tokens()?);
+        }
+        let mqtt = &mut config.mqtt;
+        for (given, open) in [
+            (self.mqtt, &mut mqtt.danger_plaintext),
+            (self.ws, &mut mqtt.danger_ws),
+        ] {
+            let Some(address) = given else {
+                continue;
+            };
+            let identity = match open.take() {
                 Some((_, identity)) => identity,
                 None => folder.identity(folder::PLAINTEXT)?,
             };
-            config.mqtt.danger_plaintext = Some((address, identity));
+            *open = Some((address, identity));
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ mod serve;
 mod signals;
 mod subscribe;
 mod tensor;
+mod token;
 mod worker;
 
 use std::process::ExitCode;
@@ -69,6 +70,8 @@ enum Command {
     Policy(policy::Args),
     /// Manage the users of the MQTT listener.
     Mqtt(mqtt::Args),
+    /// Manage the bearer tokens of the front door.
+    Token(token::Args),
     /// Say where a message went, and what a client or a topic has to do with it.
     Explain(explain::Args),
     /// Publish messages.
@@ -106,6 +109,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Certs(args) => certs::run(args),
         Command::Policy(args) => policy::run(args),
         Command::Mqtt(args) => mqtt::run(args),
+        Command::Token(args) => token::run(args),
         Command::Explain(args) => block_on(explain::run(args)),
         Command::Pub(args) => block_on(publish::run(args)),
         Command::Sub(args) => block_on(subscribe::run(args)),
@@ -156,7 +160,9 @@ impl Command {
             Self::Infer(args) => args.json,
             #[cfg(target_os = "linux")]
             Self::Bench(args) => args.json(),
-            Self::Dev(_) | Self::Bridge(_) | Self::Worker(_) | Self::Mqtt(_) => false,
+            Self::Dev(_) | Self::Bridge(_) | Self::Worker(_) | Self::Mqtt(_) | Self::Token(_) => {
+                false
+            }
         };
         output::Format::from_flag(json)
     }
