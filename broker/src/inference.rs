@@ -1,5 +1,6 @@
 //! Inference: from a request to a worker that may answer it, and on to the cloud when it is unsure.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
 use crate::calls::exchange::{self, Exchange, Interrupted, Leg, ResponseEnd, Sink, Source};
+use crate::calls::local;
 use crate::calls::tracker::ResponseTracker;
 use crate::calls::{Caller, end_with, interruption, left_ms};
 use crate::clock;
@@ -54,6 +56,28 @@ enum Attempt {
     Refused(Status),
     /// The worker was lost before it answered anything.
     Lost(Arc<WorkerModel>),
+}
+
+/// Asks for an inference from within this process, as [`infer`] serves those that come over a stream.
+/// Dropping the response cancels it. The payload has to fit one frame.
+pub(crate) fn request(
+    caller: &Caller,
+    header: wire::InferHeader,
+    payload: Bytes,
+) -> local::Response {
+    let limit = caller.fabric.limits.max_frame_bytes;
+    let request = VecDeque::from([frame::head(Kind::DATA, payload.len()), payload]);
+    let (leg, response) = local::pair(request, limit);
+    let caller = caller.clone();
+    let tasks = caller.fabric.tasks.clone();
+    tasks.spawn(async move {
+        let metrics = &caller.fabric.metrics;
+        metrics.calls_in_flight.inc();
+        let (tier, code) = infer(&caller, header, leg, Bytes::new()).await;
+        metrics.inference_ended(tier.map_or("none", |tier| tier.as_str()), code);
+        metrics.calls_in_flight.dec();
+    });
+    response
 }
 
 /// Serves one inference. Returns where it ran and how it ended.

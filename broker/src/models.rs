@@ -107,6 +107,11 @@ impl WorkerModel {
         self.slots.load(Ordering::Acquire)
     }
 
+    /// Whether it can answer without loading first.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.load(Ordering::Relaxed)
+    }
+
     /// Outstanding requests and service time.
     pub fn load(&self) -> &Load {
         &self.load
@@ -382,6 +387,14 @@ impl Models {
         });
         self.changed.notify_waiters();
         removed
+    }
+
+    /// The workers of one model.
+    pub fn workers(&self, model: &TopicName) -> Vec<Arc<WorkerModel>> {
+        let inner = self.inner.lock();
+        inner
+            .get(model)
+            .map_or_else(Vec::new, |model| model.workers.clone())
     }
 
     /// Every model with its workers, for people.

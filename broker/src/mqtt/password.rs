@@ -278,7 +278,7 @@ fn check(user: &FileUser) -> Result<Identity, Vec<String>> {
 }
 
 /// Writes beside the file and renames, so that a reader sees the old file or the new one.
-fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.new", std::process::id()));
     let beside: PathBuf = path.with_file_name(name);
