@@ -9,6 +9,7 @@ use selvedge_certs::{Credentials, Identity, TrustAnchors};
 use selvedge_proto::topic::{TopicFilter, TopicName};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use crate::front::token::Tokens;
 use crate::history::HistoryRule;
 use crate::mqtt::password::Passwords;
 use crate::mqtt::proxy::{Network, TrustedProxies};
@@ -31,6 +32,8 @@ pub struct Config {
     pub quic: Option<SocketAddr>,
     /// MQTT listeners.
     pub mqtt: MqttConfig,
+    /// The front door: inference over gRPC and HTTP.
+    pub front: FrontConfig,
     /// Address of the admin listener.
     pub admin: Option<SocketAddr>,
     /// Where sessions, their queues and retained messages outlive the process.
@@ -76,6 +79,22 @@ impl DurabilityRules {
             .find(|(filter, _)| filter.matches(topic))
             .map_or(self.on_disk, |(_, on_disk)| *on_disk)
     }
+}
+
+/// The front door: inference for applications without a native client. Who asks proves with a client
+/// certificate or a bearer token who it is.
+#[derive(Debug, Clone, Default)]
+pub struct FrontConfig {
+    /// Address of the Open Inference Protocol over gRPC, with TLS.
+    pub grpc: Option<SocketAddr>,
+    /// Address of the Open Inference Protocol and the OpenAI API over HTTP, with TLS.
+    pub http: Option<SocketAddr>,
+    /// As `grpc`, in the clear.
+    pub danger_plaintext_grpc: Option<SocketAddr>,
+    /// As `http`, in the clear.
+    pub danger_plaintext_http: Option<SocketAddr>,
+    /// Bearer tokens; without any, a client certificate is required.
+    pub tokens: Option<Tokens>,
 }
 
 /// The MQTT listeners.
@@ -257,6 +276,7 @@ impl Config {
             policy,
             quic: Some(([127, 0, 0, 1], 0).into()),
             mqtt: MqttConfig::default(),
+            front: FrontConfig::default(),
             admin: None,
             store: None,
             history: Vec::new(),
@@ -389,6 +409,7 @@ impl Config {
                 "missing: expected at least one listener",
             ));
         }
+        let front = file.front.check(&mut problems, base);
         file.limits.check(&mut problems);
         let store = file.store.map(|store| {
             let default = store.durability.as_deref().unwrap_or("disk");
@@ -453,6 +474,7 @@ impl Config {
                     quic: file.mqtt.quic,
                     proxies,
                 },
+                front,
                 admin,
                 store,
                 history,
@@ -708,6 +730,8 @@ struct File {
     #[serde(default)]
     mqtt: MqttTable,
     #[serde(default)]
+    front: FrontTable,
+    #[serde(default)]
     admin: AdminTable,
     store: Option<StoreTable>,
     #[serde(default)]
@@ -906,6 +930,57 @@ impl MqttTable {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
+struct FrontTable {
+    grpc: Option<String>,
+    http: Option<String>,
+    danger_plaintext_grpc: Option<String>,
+    danger_plaintext_http: Option<String>,
+    tokens: Option<PathBuf>,
+}
+
+impl FrontTable {
+    fn check(&self, problems: &mut Vec<ConfigProblem>, base: &Path) -> FrontConfig {
+        let mut read = |key: &str, value: &Option<String>| {
+            address(problems, &format!("front.{key}"), value.as_deref())
+        };
+        let grpc = read("grpc", &self.grpc);
+        let http = read("http", &self.http);
+        let danger_plaintext_grpc = read("danger_plaintext_grpc", &self.danger_plaintext_grpc);
+        let danger_plaintext_http = read("danger_plaintext_http", &self.danger_plaintext_http);
+        let tokens = self.tokens.as_ref();
+        let tokens =
+            tokens.and_then(|path| keep(problems, "front.tokens", Tokens::load(&base.join(path))));
+        let plaintext = [
+            ("danger_plaintext_grpc", &self.danger_plaintext_grpc),
+            ("danger_plaintext_http", &self.danger_plaintext_http),
+        ];
+        for (key, value) in plaintext {
+            if value.is_some() && self.tokens.is_none() {
+                problems.push(ConfigProblem::new(
+                    format!("front.{key}"),
+                    "given without front.tokens: nobody could prove who they are",
+                ));
+            }
+        }
+        let listens = self.grpc.is_some() || self.http.is_some();
+        if self.tokens.is_some() && !listens && plaintext.iter().all(|(_, value)| value.is_none()) {
+            problems.push(ConfigProblem::new(
+                "front.tokens",
+                "given without an address: expected front.grpc or front.http",
+            ));
+        }
+        FrontConfig {
+            grpc,
+            http,
+            danger_plaintext_grpc,
+            danger_plaintext_http,
+            tokens,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct AdminTable {
     listen: Option<String>,
 }
@@ -999,6 +1074,31 @@ mod tests {
         ] {
             assert!(keys.contains(&key), "{key} is missing from {keys:?}");
         }
+    }
+
+    #[test]
+    fn a_front_door_that_lets_nobody_in_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |front: &str| {
+            let text = format!(
+                "[identity]\ncert = 'a'\nkey = 'b'\ntrust = 'c'\n[policy]\nfile = 'x'\n[front]\n{front}"
+            );
+            Config::parse(&text, folder.path()).unwrap_err().to_string()
+        };
+        let open = refused("danger_plaintext_http = '127.0.0.1:8000'");
+        assert!(
+            open.contains("front.danger_plaintext_http: given without front.tokens"),
+            "{open}"
+        );
+        let nowhere = refused("tokens = 'tokens.toml'");
+        assert!(nowhere.contains("front.tokens: cannot read"), "{nowhere}");
+        assert!(
+            nowhere.contains("front.tokens: given without an address"),
+            "{nowhere}"
+        );
+        assert!(
+            refused("grpc = 'everywhere'").contains("front.grpc: \"everywhere\" is no address")
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod config;
 pub mod dedup;
 pub mod explain;
 pub mod fabric;
+pub mod front;
 pub mod history;
 pub mod losses;
 pub mod metrics;
@@ -38,5 +39,5 @@ pub mod store;
 mod system;
 pub mod tenant;
 
-pub use config::{Config, ConfigErrors, Limits, MqttConfig, StoreConfig};
+pub use config::{Config, ConfigErrors, FrontConfig, Limits, MqttConfig, StoreConfig};
 pub use server::{Addresses, BindError, Server};

@@ -15,6 +15,7 @@ use crate::admin;
 use crate::clock;
 use crate::config::{Config, DurabilityRules};
 use crate::fabric::{Fabric, FabricOptions};
+use crate::front::{self, Door, Protocol, Security};
 use crate::metrics::Metrics;
 use crate::mqtt;
 use crate::quic;
@@ -39,6 +40,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Server {
     fabric: Arc<Fabric>,
+    door: Arc<Door>,
     endpoint: Option<Endpoint>,
     addresses: Addresses,
     /// The certificate of every listener.
@@ -61,6 +63,14 @@ pub struct Addresses {
     pub ws: Option<SocketAddr>,
     /// MQTT over WebSocket and TLS.
     pub wss: Option<SocketAddr>,
+    /// The Open Inference Protocol over gRPC, without TLS.
+    pub grpc: Option<SocketAddr>,
+    /// The Open Inference Protocol over gRPC and TLS.
+    pub grpcs: Option<SocketAddr>,
+    /// The Open Inference Protocol and the OpenAI API over HTTP, without TLS.
+    pub http: Option<SocketAddr>,
+    /// The Open Inference Protocol and the OpenAI API over HTTP and TLS.
+    pub https: Option<SocketAddr>,
     /// Health, metrics and the live page.
     pub admin: Option<SocketAddr>,
 }
@@ -144,7 +154,18 @@ impl Server {
             None => None,
             Some(address) => Some(listen("admin", address).await?),
         };
+        let front = front_listeners(&config, &credentials).await?;
+        let front_address = |protocol, is_tls| {
+            let found = front.iter().find(|(held, security, _)| {
+                *held == protocol && matches!(security, Security::Tls(..)) == is_tls
+            });
+            found.and_then(|(_, _, listener)| listener.local_addr().ok())
+        };
         let addresses = Addresses {
+            grpc: front_address(Protocol::Grpc, false),
+            grpcs: front_address(Protocol::Grpc, true),
+            http: front_address(Protocol::Http, false),
+            https: front_address(Protocol::Http, true),
             quic: endpoint
                 .as_ref()
                 .and_then(|endpoint| endpoint.local_addr().ok()),
@@ -198,6 +219,16 @@ impl Server {
             let serve = mqtt::listen(Arc::clone(&fabric), socket, listener);
             listeners.push(tokio::spawn(serve));
         }
+        let door = Arc::new(Door {
+            fabric: Arc::clone(&fabric),
+            tokens: arc_swap::ArcSwapOption::from_pointee(config.front.tokens),
+        });
+        for (protocol, security, listener) in front {
+            let door = Arc::clone(&door);
+            listeners.push(tokio::spawn(front::listen(
+                door, listener, protocol, security,
+            )));
+        }
         if let Some(listener) = admin {
             listeners.push(tokio::spawn(admin::serve(Arc::clone(&fabric), listener)));
         }
@@ -205,6 +236,7 @@ impl Server {
         tracing::info!(broker = %fabric.name, ?addresses, "the broker is ready");
         Ok(Self {
             fabric,
+            door,
             endpoint,
             addresses,
             credentials,
@@ -224,7 +256,7 @@ impl Server {
     }
 
     /// Takes over what may change while the broker runs: policy, certificate and key, trust and
-    /// revocations. New handshakes use the new certificate and trust. The only connections that end
+    /// revocations, bearer tokens. New handshakes use the new certificate and trust. The only connections that end
     /// are those of peers whose certificate was withdrawn, or whose authority is no longer trusted.
     /// Returns how many subscriptions and registrations the new policy ended.
     pub fn reload(&self, config: Config) -> usize {
@@ -235,6 +267,7 @@ impl Server {
             Review::Chains
         };
         self.trust.replace(&config.trust);
+        self.door.tokens.store(config.front.tokens.map(Arc::new));
         // Before the policy, so that who is to go has no part in what it changes.
         let fabric = &self.fabric;
         let evicted = fabric.peers.review(&self.trust, review, &fabric.metrics);
@@ -417,6 +450,43 @@ async fn bind_mqtt(
 fn address_of(listeners: &[(TcpListener, mqtt::Listener)], label: &str) -> Option<SocketAddr> {
     let (socket, _) = listeners.iter().find(|(_, found)| found.label() == label)?;
     socket.local_addr().ok()
+}
+
+/// Opens the listeners of the front door.
+async fn front_listeners(
+    config: &Config,
+    credentials: &ReloadableCredentials,
+) -> Result<Vec<(Protocol, Security, TcpListener)>, BindError> {
+    let front = &config.front;
+    let mut listeners = Vec::new();
+    for (protocol, address, what) in [
+        (Protocol::Grpc, front.grpc, "gRPC over TLS"),
+        (Protocol::Http, front.http, "HTTP over TLS"),
+    ] {
+        let Some(address) = address else {
+            continue;
+        };
+        let auth = if front.tokens.is_some() {
+            ClientAuth::Optional(&config.trust)
+        } else {
+            ClientAuth::Required(&config.trust)
+        };
+        let domain = config.credentials.identity().trust_domain();
+        let tls =
+            selvedge_certs::tcp_server_config(credentials, auth, Some(domain), protocol.alpn())?;
+        let security = Security::Tls(TlsAcceptor::from(tls), config.trust.clone());
+        listeners.push((protocol, security, listen(what, address).await?));
+    }
+    for (protocol, address, what) in [
+        (Protocol::Grpc, front.danger_plaintext_grpc, "gRPC"),
+        (Protocol::Http, front.danger_plaintext_http, "HTTP"),
+    ] {
+        if let Some(address) = address {
+            let listener = listen(what, address).await?;
+            listeners.push((protocol, Security::Plaintext, listener));
+        }
+    }
+    Ok(listeners)
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
