@@ -68,7 +68,20 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Takes over what may change in a running broker. With a problem in the configuration nothing does.
 pub(crate) fn reload(server: &Server, file: &Path) {
-    match load(file) {
+    reload_with(server, file, |_| Ok(()));
+}
+
+/// As [`reload`], with changes to what the file says.
+pub(crate) fn reload_with(
+    server: &Server,
+    file: &Path,
+    change: impl FnOnce(&mut Config) -> anyhow::Result<()>,
+) {
+    let loaded = load(file).and_then(|mut config| {
+        change(&mut config)?;
+        Ok(config)
+    });
+    match loaded {
         Ok(config) => {
             server.reload(config);
         }
@@ -104,6 +117,10 @@ pub(crate) fn announce(addresses: &Addresses) {
         ("mqtts", addresses.mqtts),
         ("ws", addresses.ws),
         ("wss", addresses.wss),
+        ("grpc", addresses.grpc),
+        ("grpcs", addresses.grpcs),
+        ("http", addresses.http),
+        ("https", addresses.https),
         ("admin", addresses.admin),
     ];
     for (name, address) in known {
@@ -125,6 +142,10 @@ fn summary(config: &Config, json: bool) -> std::io::Result<()> {
             "mqtts": config.mqtt.tls,
             "ws": config.mqtt.danger_ws.as_ref().map(|(address, _)| address),
             "wss": config.mqtt.wss,
+            "grpc": config.front.danger_plaintext_grpc,
+            "grpcs": config.front.grpc,
+            "http": config.front.danger_plaintext_http,
+            "https": config.front.http,
             "admin": config.admin,
         }));
     }
@@ -154,6 +175,26 @@ fn summary(config: &Config, json: bool) -> std::io::Result<()> {
         output::line(format_args!(
             "  mqtt       {address} (in the clear: everyone is {identity})"
         ))?;
+    }
+    let front = &config.front;
+    let proof = match &front.tokens {
+        Some(tokens) => format!("client certificate, or one of {} tokens", tokens.len()),
+        None => "client certificate".to_owned(),
+    };
+    for (name, address) in [("gRPC, TLS ", front.grpc), ("HTTP, TLS ", front.http)] {
+        if let Some(address) = address {
+            output::line(format_args!("  {name} {address} ({proof})"))?;
+        }
+    }
+    for (name, address) in [
+        ("gRPC      ", front.danger_plaintext_grpc),
+        ("HTTP      ", front.danger_plaintext_http),
+    ] {
+        if let Some(address) = address {
+            output::line(format_args!(
+                "  {name} {address} (in the clear: bearer tokens)"
+            ))?;
+        }
     }
     if let Some(address) = config.admin {
         output::line(format_args!("  admin      {address}"))?;

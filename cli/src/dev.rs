@@ -54,6 +54,13 @@ pub(crate) struct Args {
     /// Address of the admin page, in place of the configuration's 127.0.0.1:9443.
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<SocketAddr>,
+    /// Address for applications that speak the Open Inference Protocol over gRPC, such as Triton's
+    /// clients: in the clear, on loopback, with the bearer token of DIR/token.
+    #[arg(long, value_name = "ADDRESS", value_parser = loopback)]
+    grpc: Option<SocketAddr>,
+    /// Address for applications that speak it over HTTP, or the OpenAI API; as --grpc.
+    #[arg(long, value_name = "ADDRESS", value_parser = loopback)]
+    http: Option<SocketAddr>,
     /// Start no inference workers.
     #[arg(long)]
     no_workers: bool,
@@ -76,6 +83,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         ws: args.ws,
         wss: args.wss,
         admin: args.admin,
+        grpc: args.grpc,
+        http: args.http,
     };
     listeners.apply(&mut config, &folder)?;
     let mut fabric = Fabric::start(config).await.inspect_err(|error| {
@@ -101,6 +110,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     // A script may read as far as `ready` and go away; that is no reason to stop.
     let _ = output::line(format_args!("dir={}", folder.dir().display()));
     let _ = output::line(format_args!("pki={}", folder.pki().display()));
+    if args.grpc.or(args.http).is_some() {
+        let _ = output::line(format_args!("token={}", folder.token_file().display()));
+    }
     broker::announce(fabric.addresses());
     let _ = output::line("ready");
     let _ = output::line(commands(&folder, fabric.addresses(), workers));
@@ -112,7 +124,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         };
         match asked {
             Asked::Stop => break false,
-            Asked::Reload => broker::reload(fabric.server(), &file),
+            Asked::Reload => broker::reload_with(fabric.server(), &file, |config| {
+                listeners.apply(config, &folder)
+            }),
         }
     };
     info!("stopping; a second signal ends the fabric at once");
@@ -121,6 +135,22 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("a listener ended by itself, so the fabric stopped; the log says why");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An address that only programs on this machine reach.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| format!("expected ip:port, found {text:?}"))?;
+    if address.ip().is_loopback() {
+        Ok(address)
+    } else {
+        Err(format!(
+            "expected a loopback address, found {}: tokens would cross the network in the clear; \
+             [front] of broker.toml has TLS",
+            address.ip()
+        ))
+    }
 }
 
 /// Commands to paste into another terminal.
@@ -185,6 +215,16 @@ fn commands(folder: &Folder, addresses: &Addresses, workers: bool) -> String {
   mosquitto_pub -h {ip} -p {port} --cafile {ca} -u {user} -P \"$(cat {password})\" -t demo/hello -m 'with a password'"
         );
     }
+    if let Some(http) = addresses.http {
+        let token = path(&folder.token_file());
+        let request = path(&folder.example_request());
+        let _ = write!(
+            text,
+            "
+
+  curl -H \"Authorization: Bearer $(cat {token})\" --json @{request} http://{http}/v2/models/digits/infer"
+        );
+    }
     for (scheme, address) in [("ws", addresses.ws), ("wss", addresses.wss)] {
         if let Some(address) = address.map(reachable) {
             let _ = write!(text, "\n\n  MQTT over WebSocket: {scheme}://{address}/mqtt");
@@ -210,6 +250,18 @@ fn shell(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_stay_on_this_machine() {
+        assert_eq!(loopback("127.0.0.1:0"), Ok("127.0.0.1:0".parse().unwrap()));
+        assert!(loopback("[::1]:8000").is_ok());
+        let refused = loopback("0.0.0.0:8000").unwrap_err();
+        assert!(
+            refused.starts_with("expected a loopback address"),
+            "{refused}"
+        );
+        assert!(loopback("localhost").unwrap_err().contains("ip:port"));
+    }
 
     #[test]
     fn paths_survive_a_shell() {

@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use selvedge_broker::front::token::{self, Tokens};
 use selvedge_broker::mqtt::password::{Passwords, set_user};
 use selvedge_certs::{Identity, IssueRequest};
 use selvedge_client::Tier;
@@ -190,6 +191,28 @@ impl Folder {
         self.dir.join("mqtt-password")
     }
 
+    /// The file with the bearer token of the front door.
+    pub(crate) fn token_file(&self) -> PathBuf {
+        self.dir.join("token")
+    }
+
+    /// The tokens of the front door, with the one for applications on this machine. It is kept as
+    /// long as it is good.
+    pub(crate) fn tokens(&self) -> anyhow::Result<Tokens> {
+        let (tokens, file) = (self.dir.join("tokens.toml"), self.token_file());
+        let known = Tokens::load(&tokens).ok();
+        let held = fs::read_to_string(&file).ok();
+        if let (Some(known), Some(held)) = (known, held)
+            && known.verify(held.trim()).is_some()
+        {
+            return Ok(known);
+        }
+        let identity = self.identity(ADMIN)?;
+        let token = token::create(&tokens, "dev", &identity).context("make a bearer token")?;
+        write_secret(&file, &token)?;
+        Tokens::load(&tokens).context("read the bearer tokens")
+    }
+
     /// The file with an inference request for the model, a real image.
     pub(crate) fn example_request(&self) -> PathBuf {
         self.dir.join("models/digit.json")
@@ -217,14 +240,7 @@ impl Folder {
         let password = crate::output::hex(&rand::random::<[u8; 12]>());
         let identity = self.identity(USER)?;
         set_user(&users, USER_NAME, &identity, &password).context("make the MQTT user")?;
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        options
-            .open(&password_file)
-            .and_then(|mut file| file.write_all(password.as_bytes()))
-            .with_context(|| format!("write {}", password_file.display()))
+        write_secret(&password_file, &password)
     }
 
     fn keep(&self, name: &str, content: &[u8]) -> anyhow::Result<()> {
@@ -238,6 +254,18 @@ impl Folder {
         let path = self.dir.join(name);
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))
     }
+}
+
+/// Writes what only its owner may read.
+pub(crate) fn write_secret(path: &Path, secret: &str) -> anyhow::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+        .open(path)
+        .and_then(|mut file| file.write_all(secret.as_bytes()))
+        .with_context(|| format!("write {}", path.display()))
 }
 
 fn lock(dir: &Path) -> anyhow::Result<File> {
