@@ -134,10 +134,7 @@ fn a_message_id_counts_once_and_telemetry_goes_in_datagrams() {
 fn messages_go_from_pub_to_sub() {
     let folder = tempfile::tempdir().unwrap();
     let any = "127.0.0.1:0";
-    let dev = Dev::start(
-        folder.path(),
-        &["--no-workers", "--ws", any, "--wss", any],
-    );
+    let dev = Dev::start(folder.path(), &["--no-workers", "--ws", any, "--wss", any]);
     for name in ["quic", "mqtt", "mqtts", "ws", "wss", "admin"] {
         assert!(dev.value(name).starts_with("127.0.0.1:"), "{name}");
         assert!(!dev.value(name).ends_with(":0"), "{name}");
