@@ -110,7 +110,8 @@ impl Plan {
 /// One message on its way in.
 #[derive(Debug, Clone)]
 pub struct Incoming<'a> {
-    /// Quality of service it was published with; 2 is delivered as 1 to native receivers.
+    /// Quality of service it was published with; 2 is delivered as 1 to native receivers, whose
+    /// subscriptions ask for no more.
     pub qos: Qos,
     /// Keep it as the topic's retained message.
     pub retain: bool,
@@ -260,11 +261,13 @@ impl Publisher {
             && !message.retain
             && payload.len() < LARGE
             && message.durability != Durability::Disk
+            // Each has a packet id of its own to be kept with.
+            && message.qos != Qos::ExactlyOnce
             && failing.is_none();
         if !simple || topic.route.may_refuse || !topic.route.groups.is_empty() {
             return self.publish_alone(topic, message, failing.as_ref());
         }
-        let qos = message.qos.min(Qos::AtLeastOnce);
+        let qos = message.qos;
         if topic.pending_qos != qos || topic.pending.len() >= BATCH {
             self.flush(topic);
             topic.pending_qos = qos;
@@ -649,13 +652,14 @@ impl Publisher {
             }
             return;
         }
-        // The same messages at QoS 0, made when the first receiver wants them.
-        let mut downgraded: Option<Arc<Batch>> = None;
+        // The same messages at QoS 0 and 1, made when the first receiver wants them.
+        let mut downgraded: [Option<Arc<Batch>>; 2] = [None, None];
         for target in &topic.route.targets {
             let batch = if target.max_qos >= batch.qos {
                 batch
             } else {
-                downgraded.get_or_insert_with(|| Arc::new(batch.with_flags(target.max_qos, false)))
+                downgraded[usize::from(target.max_qos == Qos::AtLeastOnce)]
+                    .get_or_insert_with(|| Arc::new(batch.with_flags(target.max_qos, false)))
             };
             let pushed = target.subscriber.queues[batch.class.index()].push(batch);
             note(&mut topic.outcome, &target.subscriber, pushed);
@@ -764,7 +768,7 @@ fn refusal(error: &StoreError) -> Result<Status, Status> {
 
 /// The batch of a message that is alone.
 fn alone(topic: &Topic, message: &Incoming<'_>, expires: Option<Instant>) -> Batch {
-    let qos = message.qos.min(Qos::AtLeastOnce);
+    let qos = message.qos;
     let flags = Flags::new(qos).with_duplicate(message.duplicate);
     let payload = message.payload.as_slice();
     let mut frames = BytesMut::new();

@@ -1,6 +1,6 @@
 //! The queue between the router and one receiver's lane: bounded in bytes, with a policy when full.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -98,6 +98,23 @@ pub struct Entry {
     pub duplicate: bool,
     /// Place in the store, if it is kept there.
     pub stored: Option<u64>,
+    /// The MQTT packet ids that the first of its messages were sent with by an earlier connection:
+    /// zero for one that has been acknowledged.
+    pub sent_as: Option<Arc<Vec<u16>>>,
+}
+
+impl Entry {
+    /// Whether some of it was sent with packet ids that the receiver may still know.
+    fn is_begun(&self) -> bool {
+        self.sent_as.as_ref().is_some_and(|ids| !ids.is_empty())
+    }
+
+    /// Whether nobody else may have it: at QoS 2 the receiver that it was sent to gets it, or nobody
+    /// (MQTT 5.0 section 4.8.2).
+    fn is_bound(&self) -> bool {
+        let unknown = self.duplicate && self.sent_as.is_none();
+        self.batch.qos == Qos::ExactlyOnce && (unknown || self.is_begun())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -388,6 +405,7 @@ impl DeliveryQueue {
             batch: Arc::clone(batch),
             duplicate,
             stored,
+            sent_as: None,
         });
         self.schedule(inner);
         Pushed::Queued {
@@ -472,10 +490,11 @@ impl DeliveryQueue {
         self.owner.usage.charge(batch.cost());
         inner.sequence = inner.sequence.max(sequence);
         inner.entries.push_back(Entry {
+            // It may have been sent before the broker stopped. At QoS 2 that is known.
+            duplicate: batch.qos != Qos::ExactlyOnce,
             batch,
-            // It may have been sent before the broker stopped.
-            duplicate: true,
             stored: Some(sequence),
+            sent_as: None,
         });
     }
 
@@ -547,6 +566,7 @@ impl DeliveryQueue {
                     stored: self.keep(&mut inner, &batch),
                     batch,
                     duplicate: false,
+                    sent_as: None,
                 };
                 inner.bytes += cost;
                 self.owner.usage.charge(cost);
@@ -567,7 +587,9 @@ impl DeliveryQueue {
     /// the queue's after that.
     fn hand_out(&self, inner: &mut Inner, entry: Entry, now: Instant, taken: &mut Taken) -> bool {
         let cost = entry.batch.cost();
-        let expired = entry.batch.expires.is_some_and(|expires| expires <= now);
+        // Once its delivery has begun it is brought to an end (MQTT 5.0 section 3.3.2.3.3).
+        let expired =
+            entry.batch.expires.is_some_and(|expires| expires <= now) && !entry.is_begun();
         // Small messages are packed together; only one that is alone can be too large.
         let size = entry.batch.frames.len() + entry.batch.payload.len();
         let too_large = inner.largest > 0 && entry.batch.count == 1 && size > inner.largest;
@@ -619,6 +641,82 @@ impl DeliveryQueue {
         drop(inner);
         self.wake.notify_one();
         done
+    }
+
+    /// Drops the batch of one message that ends with this number: its receiver has it, whatever is
+    /// still to be acknowledged before it. Ignored as in [`Self::acknowledge`].
+    pub(crate) fn complete(&self, epoch: u64, number: u64) {
+        let mut inner = self.inner.lock();
+        if inner.epoch != epoch {
+            return;
+        }
+        let found = inner
+            .inflight
+            .binary_search_by_key(&number, |(last, _)| *last);
+        let Some((_, entry)) = found.ok().and_then(|index| inner.inflight.remove(index)) else {
+            return;
+        };
+        let cost = entry.batch.cost();
+        inner.bytes -= cost;
+        inner.inflight_bytes -= cost;
+        self.owner.usage.give_bytes(cost);
+        self.unstore(&entry);
+    }
+
+    /// Notes with which MQTT packet ids messages were sent that are not acknowledged, by their number,
+    /// before they are put back for the next connection.
+    pub(crate) fn note_sent(&self, ids: &BTreeMap<u64, u16>) {
+        let mut inner = self.inner.lock();
+        let begun = ids.last_key_value().map_or(0, |(number, _)| *number);
+        for (last, entry) in &mut inner.inflight {
+            let first = *last + 1 - u64::from(entry.batch.count);
+            let before = entry.sent_as.take();
+            let mut sent_as = Vec::new();
+            for number in first..=*last {
+                let earlier = || {
+                    let index = usize::try_from(number - first).ok()?;
+                    before.as_ref()?.get(index).copied()
+                };
+                match ids.get(&number) {
+                    Some(id) => sent_as.push(*id),
+                    None if number < begun => sent_as.push(0),
+                    // This connection has not come to it.
+                    None => match earlier() {
+                        Some(id) => sent_as.push(id),
+                        None => break,
+                    },
+                }
+            }
+            entry.sent_as = Some(Arc::new(sent_as));
+        }
+    }
+
+    /// Notes with which packet id a batch of one message was sent before the broker was started;
+    /// `false` when it is not in the queue.
+    pub(crate) fn restore_sent(&self, sequence: u64, id: u16) -> bool {
+        let mut inner = self.inner.lock();
+        let found = inner
+            .entries
+            .binary_search_by_key(&Some(sequence), |entry| entry.stored);
+        let Some(entry) = found.ok().and_then(|index| inner.entries.get_mut(index)) else {
+            return false;
+        };
+        entry.duplicate = true;
+        entry.sent_as = Some(Arc::new(vec![id]));
+        true
+    }
+
+    /// The packet ids that what waits was sent with.
+    pub(crate) fn sent_ids(&self) -> Vec<u16> {
+        let inner = self.inner.lock();
+        let begun = inner
+            .entries
+            .iter()
+            .filter_map(|entry| entry.sent_as.as_ref());
+        begun
+            .flat_map(|ids| ids.iter().copied())
+            .filter(|id| *id != 0)
+            .collect()
     }
 
     /// Waits until there may be entries, for the writer of this queue's lane.
@@ -690,7 +788,8 @@ impl DeliveryQueue {
         if inner.online {
             return None;
         }
-        let entry = inner.entries.pop_front()?;
+        let free = inner.entries.iter().position(|entry| !entry.is_bound())?;
+        let entry = inner.entries.remove(free)?;
         inner.bytes -= entry.batch.cost();
         self.owner.usage.give_bytes(entry.batch.cost());
         Some(entry)

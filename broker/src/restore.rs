@@ -89,6 +89,12 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
             }
         }
     }
+    for (id, packet) in loaded.packets {
+        match sessions.get(&id) {
+            Some((_, session)) => session.restore_packet(packet),
+            None => store.put(Change::RemovePacket(id, packet.key())),
+        }
+    }
     for (name, stored) in loaded.retained {
         let publisher = stored.publisher.parse::<Identity>();
         let topic: Arc<str> = stored.topic.as_str().into();

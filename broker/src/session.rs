@@ -1,11 +1,11 @@
 //! Sessions: what belongs to an identity while its connections come and go.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use selvedge_certs::Identity;
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
@@ -17,7 +17,13 @@ use crate::losses::Losses;
 use crate::queue::{DeliveryQueue, Outbox, Overflow, Owner, QueueOptions, QueueStore};
 use crate::quota::{ConnectionHold, Usage};
 use crate::router::Group;
-use crate::store::{Change, Store, StoredSession, StoredSubscription, unix_ms};
+use crate::store::{
+    Change, QueueKey, Store, StoredPacket, StoredSession, StoredSubscription, unix_ms,
+};
+
+use self::packets::Packets;
+
+pub(crate) mod packets;
 
 /// Which session: identity and name, never the name alone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -153,6 +159,8 @@ pub struct Session {
     queue_limit: usize,
     owner: Arc<Owner>,
     store: Option<Store>,
+    /// Taken before `state` and before the locks of queues.
+    packets: Mutex<Packets>,
     state: Mutex<State>,
 }
 
@@ -212,6 +220,7 @@ impl Session {
             queue_limit,
             owner,
             store,
+            packets: Mutex::default(),
             state: Mutex::new(State {
                 subscriptions: HashMap::new(),
                 attached: None,
@@ -241,6 +250,8 @@ impl Session {
         state.since = detached_at;
         state.durable = true;
         drop(state);
+        let kept = session.store.clone().map(|store| (store, session.id));
+        session.packets.lock().begin(0, kept, &[]);
         for queue in &session.shared {
             queue.set_durable(true);
         }
@@ -256,6 +267,7 @@ impl Session {
         expiry: Duration,
         will: Option<Will>,
     ) -> (u64, Option<Kick>) {
+        let mut packets = self.packets.lock();
         let mut state = self.state.lock();
         state.epoch += 1;
         let epoch = state.epoch;
@@ -268,15 +280,23 @@ impl Session {
         let queues = all_queues(&self.shared, &state);
         // Under the lock, so that of two connections at once the later number wins everywhere.
         self.outbox.hand_over(epoch);
+        // A connection that is taken over leaves its unacknowledged messages to the next.
+        note_sent(&mut packets, &queues);
+        let mut again = Vec::new();
         for queue in queues {
-            // A connection that is taken over leaves its unacknowledged messages to the next.
             queue.offline();
             queue.set_durable(self.store.is_some() && !expiry.is_zero());
+            if packets.in_use() {
+                again.append(&mut queue.sent_ids());
+            }
             queue.online(epoch);
         }
         self.record(&mut state, None);
+        let kept = self.store.clone().filter(|_| state.durable);
+        packets.begin(epoch, kept.map(|store| (store, self.id)), &again);
         let groups = groups(&state);
         drop(state);
+        drop(packets);
         for group in groups {
             group.hand_on();
         }
@@ -313,6 +333,7 @@ impl Session {
     /// Takes the connection off, unless another one has the session by now. The answer says what
     /// to do next.
     pub fn detach(&self, epoch: u64, end: ConnectionEnd, now: Instant) -> Detached {
+        let mut packets = self.packets.lock();
         let mut state = self.state.lock();
         let Some(attached) = state.attached.take_if(|held| held.epoch == epoch) else {
             return Detached::NotHeld;
@@ -339,7 +360,9 @@ impl Session {
         self.record(&mut state, Some(SystemTime::now()));
         let queues = all_queues(&self.shared, &state);
         let groups = groups(&state);
+        note_sent(&mut packets, &queues);
         drop(state);
+        drop(packets);
         for queue in &queues {
             queue.offline();
         }
@@ -485,6 +508,29 @@ impl Session {
         }
         drop(state);
         removed
+    }
+
+    /// The packet ids of the session.
+    pub(crate) fn packets(&self) -> MutexGuard<'_, Packets> {
+        self.packets.lock()
+    }
+
+    /// Puts a packet id back that was kept, with the message that it was sent with. A message that is
+    /// not there is one that the client has: it is owed the PUBREL.
+    pub(crate) fn restore_packet(&self, packet: StoredPacket) {
+        let mut packets = self.packets.lock();
+        let packet = match packet {
+            StoredPacket::Sent(id, place) if !self.restore_sent(place, id) => {
+                StoredPacket::Released(id)
+            }
+            other => other,
+        };
+        packets.restore(packet);
+    }
+
+    fn restore_sent(&self, place: QueueKey, id: u16) -> bool {
+        self.queue(place.subscription, place.class)
+            .is_some_and(|queue| queue.restore_sent(place.sequence, id))
     }
 
     /// Drops what a queue's receiver has acknowledged, and lets a share group use the room.
@@ -664,6 +710,19 @@ impl Subscriber {
             owed: false,
             datagrams: self.datagrams,
         }
+    }
+}
+
+/// Tells the queues which messages the connection has sent with which packet ids.
+fn note_sent(packets: &mut Packets, queues: &[Arc<DeliveryQueue>]) {
+    if !packets.in_use() {
+        return;
+    }
+    let sent = packets.hand_over();
+    let nothing = BTreeMap::new();
+    for queue in queues {
+        let ids = sent.get(&(Arc::as_ptr(queue) as usize));
+        queue.note_sent(ids.unwrap_or(&nothing));
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
 use selvedge_proto::message::Class;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +34,8 @@ mod tests;
 pub use self::disk::DiskEngine;
 pub(crate) use self::record::instant_of;
 pub use self::record::{
-    RecordError, StoredMessage, StoredMessageId, StoredMessages, StoredSession, StoredSubscription,
+    PacketKey, RecordError, StoredMessage, StoredMessageId, StoredMessages, StoredPacket,
+    StoredSession, StoredSubscription, StoredWill,
 };
 
 /// Bytes of changes that may wait for the disk. Beyond it QoS 1 publishers to kept sessions are
@@ -121,6 +122,14 @@ pub enum Change {
     PutHistory(HistoryKey, Arc<Batch>, SystemTime),
     /// A batch of a topic's history was given up.
     RemoveHistory(HistoryKey),
+    /// A QoS 2 packet id of a kept session is in progress.
+    PutPacket(u64, StoredPacket),
+    /// It is not any more.
+    RemovePacket(u64, PacketKey),
+    /// A session has a will. It stays when the session ends, since it is to be published then.
+    PutWill(Arc<StoredWill>),
+    /// The will of this session was published or taken back.
+    RemoveWill(u64),
 }
 
 impl Change {
@@ -129,6 +138,7 @@ impl Change {
             Self::Enqueue(_, batch) | Self::PutRetained(_, batch) => batch.cost() + 64,
             Self::PutHistory(_, batch, _) => batch.cost() + 128,
             Self::PutMessageId { id, .. } | Self::RemoveMessageId { id, .. } => id.len() + 128,
+            Self::PutWill(will) => will.payload.len() + 512,
             _ => 128,
         }
     }
@@ -147,6 +157,10 @@ pub struct Loaded {
     pub message_ids: Vec<StoredMessageId>,
     /// The history of topics, in order of the keys, with the time each batch was published.
     pub history: Vec<(HistoryKey, SystemTime, StoredMessages)>,
+    /// QoS 2 packet ids in progress, by session.
+    pub packets: Vec<(u64, StoredPacket)>,
+    /// Wills that were not published.
+    pub wills: Vec<StoredWill>,
     /// What could not be read, for a person.
     pub left_out: Vec<String>,
 }
@@ -207,6 +221,9 @@ struct Inner {
     bytes: AtomicUsize,
     /// Whether `Pending::failing` says why. Outside the lock, as `bytes`.
     failing: AtomicBool,
+    /// Held for writing while a commit is begun, and for reading by who puts several changes of which
+    /// none is to be written without the others.
+    together: RwLock<()>,
     wake: Condvar,
     metrics: Arc<Metrics>,
     /// The engine has let go of its files.
@@ -246,6 +263,7 @@ impl Store {
             pending: Mutex::default(),
             bytes: AtomicUsize::new(0),
             failing: AtomicBool::new(false),
+            together: RwLock::new(()),
             wake: Condvar::new(),
             metrics,
             ended: CancellationToken::new(),
@@ -285,6 +303,11 @@ impl Store {
         }
         drop(pending);
         inner.wake.notify_one();
+    }
+
+    /// What is put while the answer is held is in one commit.
+    pub(crate) fn together(&self) -> RwLockReadGuard<'_, ()> {
+        self.inner().together.read()
     }
 
     /// Whether the store can take what a publisher brings.
@@ -343,6 +366,11 @@ fn run(inner: &Inner, engine: &mut impl Engine) {
         while pending.changes.is_empty() && pending.waiters.is_empty() && !pending.closed {
             inner.wake.wait(&mut pending);
         }
+        // In this order, as those who hold it put changes.
+        drop(pending);
+        let together = inner.together.write();
+        let mut pending = inner.pending.lock();
+        drop(together);
         let changes = std::mem::take(&mut pending.changes);
         let waiters = std::mem::take(&mut pending.waiters);
         let ending = pending.closed && changes.is_empty() && waiters.is_empty();

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
 use futures_util::FutureExt as _;
-use selvedge_proto::message::Qos;
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::SubscribeTarget;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -205,8 +204,9 @@ struct Actor {
     /// Longest silence of the client, if there is one.
     patience: Option<Duration>,
     publishing: Publishing,
-    delivery: Delivery,
+    /// Before `delivery`, so that the session leaves the connection while its queues are known.
     attached: Attached,
+    delivery: Delivery,
 }
 
 /// Why a connection ends.
@@ -244,7 +244,12 @@ impl Actor {
             policy: greeting.policy,
             session_expiry: connect.session_expiry,
             patience: connect::patience(connect.keep_alive),
-            publishing: Publishing::new(connect.version, publisher),
+            publishing: Publishing::new(
+                connect.version,
+                publisher,
+                Arc::clone(session),
+                attached.attachment.epoch,
+            ),
             delivery: Delivery::new(
                 connect.version,
                 Arc::clone(session),
@@ -347,6 +352,7 @@ impl Actor {
         let mut unflushed = false;
         let mut turn = self.fabric.pacer.turn();
 
+        self.delivery.resume(output);
         // CONNECT may have come with more behind it.
         if let Err(end) = self.process(reader, buffer, output) {
             return end;
@@ -367,7 +373,7 @@ impl Actor {
             let room = buffer.capacity() - buffer.len();
             let writable = output.has_remaining() || unflushed;
             let resting = self.publishing.resting_until();
-            let may_fill = self.delivery.has_more() && output.remaining() < HIGH_WATER;
+            let may_fill = self.delivery.has_more() && self.delivery.has_room(output);
 
             // In order: the end, since nothing matters after it. Reading before writing, since
             // acknowledgements are what lets a full window move; writing is not starved by it, as
@@ -408,6 +414,9 @@ impl Actor {
                             return End::Kicked(status);
                         }
                     }
+                }
+                Some(packets) = self.delivery.synced(), if self.delivery.is_waiting() => {
+                    output.append(packets);
                 }
                 written = write_some(write_half, output, &mut unflushed), if writable => {
                     if written.is_err() {
@@ -460,7 +469,12 @@ impl Actor {
                 .publishing
                 .publish(publish, self.manners, &self.fabric.metrics)
                 .map_err(End::Protocol)?,
-            Packet::PubAck(id) => self.delivery.acknowledge(id),
+            Packet::PubAck(id) => self.delivery.acknowledge(id).map_err(End::Protocol)?,
+            Packet::PubRec { packet_id, refused } => self
+                .delivery
+                .received(packet_id, refused, output)
+                .map_err(End::Protocol)?,
+            Packet::PubComp(id) => self.delivery.complete(id).map_err(End::Protocol)?,
             Packet::PubRel(id) => self.publishing.release(id, self.manners, output),
             Packet::Subscribe(subscribe) => {
                 self.subscribe(subscribe, output).map_err(End::Protocol)?;
@@ -492,12 +506,6 @@ impl Actor {
                     "AUTH without an authentication method",
                 )));
             }
-            Packet::Qos2Answer => {
-                return Err(End::Protocol(ProtocolError::new(
-                    Reason::PROTOCOL_ERROR,
-                    "an answer to a QoS 2 message that was not sent",
-                )));
-            }
         }
         Ok(())
     }
@@ -526,7 +534,7 @@ impl Actor {
                     "a shared subscription with no local",
                 ));
             }
-            let max_qos = wanted.max_qos.min(Qos::AtLeastOnce);
+            let max_qos = wanted.max_qos;
             let request = SubscribeRequest {
                 id: session
                     .find(&target)

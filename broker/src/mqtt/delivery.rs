@@ -2,23 +2,29 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Buf as _;
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
 use selvedge_proto::message::Qos;
 
 use crate::batch::{Batch, BatchMessage, Flow};
 use crate::clock;
 use crate::losses::{Losses, Reason};
 use crate::metrics::Metrics;
-use crate::mqtt::inflight::{Numbers, PacketIds};
-use crate::mqtt::output::{Outgoing, Output};
-use crate::mqtt::packet::Version;
+use crate::mqtt::inflight::Numbers;
+use crate::mqtt::output::{Answer, Outgoing, Output};
+use crate::mqtt::packet::{ProtocolError, Version};
+use crate::mqtt::reason::Reason as Code;
 use crate::queue::DeliveryQueue;
 use crate::router::is_receiver;
 use crate::session::Session;
+use crate::session::packets::{Packets, Sent};
+use crate::store::{PacketKey, QueueKey, Store, StoredPacket};
 
-/// QoS 1 messages sent and not acknowledged, at most; a client may ask for fewer. Enough for ten
+/// QoS 1 and 2 messages sent and not acknowledged, at most; a client may ask for fewer. Enough for ten
 /// thousand messages a second over a round trip of 100 ms.
 const MAX_IN_FLIGHT: u16 = 1024;
 
@@ -28,6 +34,9 @@ pub(crate) const HIGH_WATER: usize = 256 * 1024;
 
 /// Bytes taken from a queue at once.
 const TAKE: usize = 64 * 1024;
+
+/// Rest before a store that fails is asked again whether it has what QoS 2 packets wait for.
+const STORE_PAUSE: Duration = Duration::from_millis(500);
 
 /// Flows whose subscriptions are remembered. Beyond it all are forgotten and found again.
 const MAX_VIEWS: usize = 1024;
@@ -51,8 +60,12 @@ pub(crate) struct Delivery {
     owing: Vec<usize>,
     /// Bytes of it that may be sent now.
     granted: usize,
-    /// Lane and number of the message behind each packet id.
-    ids: PacketIds<(usize, u64)>,
+    /// QoS 2 packets of this turn that claim what the store is to have first.
+    claims: Output,
+    /// The same of earlier turns, in order. Not more than the client's receive maximum.
+    claimed: FuturesOrdered<BoxFuture<'static, Output>>,
+    /// Bytes in `claimed`.
+    claimed_bytes: usize,
     /// Lanes with acknowledgements that their queue has not heard of.
     acknowledged: Vec<usize>,
     views: HashMap<(u32, u32), Arc<View>>,
@@ -76,6 +89,11 @@ struct Lane {
 struct Waiting {
     batch: Arc<Batch>,
     duplicate: bool,
+    stored: Option<u64>,
+    /// Packet ids of an earlier connection for the first messages; zero for those it acknowledged.
+    sent_as: Option<Arc<Vec<u16>>>,
+    /// Messages taken so far.
+    position: usize,
     messages: std::vec::IntoIter<BatchMessage>,
 }
 
@@ -105,6 +123,9 @@ impl Delivery {
         receive_maximum: u16,
         limit: usize,
     ) -> Self {
+        session
+            .packets()
+            .open(epoch, receive_maximum.min(MAX_IN_FLIGHT));
         Self {
             version,
             session,
@@ -115,10 +136,41 @@ impl Delivery {
             blocked: Default::default(),
             owing: Vec::new(),
             granted: 0,
-            ids: PacketIds::new(receive_maximum.min(MAX_IN_FLIGHT)),
+            claims: Output::default(),
+            claimed: FuturesOrdered::new(),
+            claimed_bytes: 0,
             acknowledged: Vec::new(),
             views: HashMap::new(),
         }
+    }
+
+    /// Sends the PUBRELs that the client is owed from before.
+    pub(crate) fn resume(&mut self, output: &mut Output) {
+        let session = Arc::clone(&self.session);
+        let packets = session.packets();
+        if packets.are_for(self.epoch) {
+            for id in packets.released() {
+                self.pubrel(&packets, id, output);
+            }
+        }
+        self.close_claims(&packets);
+    }
+
+    /// Whether QoS 2 packets wait for the disk.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.claimed.is_empty()
+    }
+
+    /// The next QoS 2 packets that waited for the disk. May be cancelled without loss.
+    pub(crate) async fn synced(&mut self) -> Option<Output> {
+        let packets = self.claimed.next().await?;
+        self.claimed_bytes -= packets.remaining();
+        Some(packets)
+    }
+
+    /// Whether more may be taken from the queues.
+    pub(crate) fn has_room(&self, output: &Output) -> bool {
+        output.remaining() + self.claims.remaining() + self.claimed_bytes < HIGH_WATER
     }
 
     /// Whether there is more to send as soon as the output has room.
@@ -148,17 +200,53 @@ impl Delivery {
             return;
         }
         let now = clock::now();
-        for class in 0..self.ready.len() {
+        let session = Arc::clone(&self.session);
+        // Held for the whole turn: a connection that takes the session over comes before or after it.
+        let mut packets = session.packets();
+        if !packets.are_for(self.epoch) {
+            return;
+        }
+        'classes: for class in 0..self.ready.len() {
             while let Some(key) = self.ready[class].pop_front() {
-                match self.drain(key, now, output, metrics, losses) {
+                match self.drain(key, &mut packets, now, output, metrics, losses) {
                     Stop::Drained => {}
                     Stop::Window => self.blocked[class].push_back(key),
                     Stop::Output => {
                         self.ready[class].push_back(key);
-                        return;
+                        break 'classes;
                     }
                 }
             }
+        }
+        self.close_claims(&packets);
+    }
+
+    /// Has what was claimed in this turn wait until the store has it.
+    fn close_claims(&mut self, packets: &Packets) {
+        if !self.claims.has_remaining() {
+            return;
+        }
+        let claims = std::mem::take(&mut self.claims);
+        self.claimed_bytes += claims.remaining();
+        let store = packets.store().cloned();
+        self.claimed.push_back(Box::pin(async move {
+            while let Some(store) = &store {
+                match store.sync().await {
+                    Ok(Ok(())) => break,
+                    // The messages stay where they are. A store that works again has them.
+                    _ => tokio::time::sleep(STORE_PAUSE).await,
+                }
+            }
+            claims
+        }));
+    }
+
+    /// PUBREL, once the store knows that the client has the message: it would be a new one to the
+    /// client if it were sent again after this.
+    fn pubrel(&mut self, packets: &Packets, id: u16, output: &mut Output) {
+        match packets.store() {
+            Some(_) => self.claims.pubrel(id),
+            None => output.pubrel(id),
         }
     }
 
@@ -180,12 +268,110 @@ impl Delivery {
         }
     }
 
-    /// Notes that the client has a message. Ids that stand for nothing are not an error: they may
-    /// be left from before the session was resumed.
-    pub(crate) fn acknowledge(&mut self, packet_id: u16) {
-        let Some((key, number)) = self.ids.remove(packet_id) else {
-            return;
-        };
+    /// PUBACK. Ids that stand for nothing are not an error: they may be left from before the session
+    /// was resumed.
+    pub(crate) fn acknowledge(&mut self, packet_id: u16) -> Result<(), ProtocolError> {
+        let session = Arc::clone(&self.session);
+        let mut packets = session.packets();
+        if !packets.are_for(self.epoch) {
+            return Ok(());
+        }
+        match packets.get(packet_id) {
+            Some(Sent::Message {
+                queue,
+                number,
+                exactly_once: false,
+            }) => {
+                packets.finish(packet_id);
+                self.note(queue, number);
+                Ok(())
+            }
+            Some(Sent::Message { .. } | Sent::Released { .. }) => Err(ProtocolError::new(
+                Code::PROTOCOL_ERROR,
+                "PUBACK for a QoS 2 message",
+            )),
+            Some(Sent::Again) | None => Ok(()),
+        }
+    }
+
+    /// PUBREC: the client has a QoS 2 message, or does not take it.
+    pub(crate) fn received(
+        &mut self,
+        packet_id: u16,
+        refused: bool,
+        output: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let session = Arc::clone(&self.session);
+        let mut packets = session.packets();
+        if !packets.are_for(self.epoch) {
+            return Ok(());
+        }
+        match packets.get(packet_id) {
+            Some(Sent::Message {
+                queue,
+                number,
+                exactly_once: true,
+            }) => {
+                let store = packets.store().cloned();
+                // The message must not be gone from the store before it says that it was taken.
+                let together = store.as_ref().map(Store::together);
+                if let Some(lane) = self.lanes.get(&queue) {
+                    lane.queue.complete(self.epoch, number);
+                }
+                if refused {
+                    packets.finish(packet_id);
+                    packets.drop_kept(PacketKey::Sent(packet_id));
+                } else {
+                    packets.release(packet_id);
+                    packets.keep(StoredPacket::Released(packet_id));
+                }
+                drop(together);
+                self.note(queue, number);
+                if !refused {
+                    self.pubrel(&packets, packet_id, output);
+                }
+            }
+            Some(Sent::Message { .. }) => {
+                return Err(ProtocolError::new(
+                    Code::PROTOCOL_ERROR,
+                    "PUBREC for a QoS 1 message",
+                ));
+            }
+            Some(Sent::Released { .. }) => self.pubrel(&packets, packet_id, output),
+            Some(Sent::Again) | None if refused => {}
+            Some(Sent::Again) | None if self.version == Version::V3 => output.pubrel(packet_id),
+            Some(Sent::Again) | None => {
+                let reason = Code::PACKET_ID_NOT_FOUND;
+                output.refusal(Answer::Received, packet_id, reason, None, self.limit);
+            }
+        }
+        Ok(())
+    }
+
+    /// PUBCOMP: the client is done with a QoS 2 message.
+    pub(crate) fn complete(&mut self, packet_id: u16) -> Result<(), ProtocolError> {
+        let session = Arc::clone(&self.session);
+        let mut packets = session.packets();
+        if !packets.are_for(self.epoch) {
+            return Ok(());
+        }
+        match packets.get(packet_id) {
+            Some(Sent::Released { .. }) => {
+                packets.finish(packet_id);
+                packets.drop_kept(PacketKey::Sent(packet_id));
+                self.unblock();
+                Ok(())
+            }
+            Some(Sent::Message { .. }) => Err(ProtocolError::new(
+                Code::PROTOCOL_ERROR,
+                "PUBCOMP for a message that was not released",
+            )),
+            Some(Sent::Again) | None => Ok(()),
+        }
+    }
+
+    /// Notes that a message needs no more of its queue.
+    fn note(&mut self, key: usize, number: u64) {
         if let Some(lane) = self.lanes.get_mut(&key)
             && let Some(upto) = lane.numbers.acknowledge(number)
         {
@@ -194,6 +380,10 @@ impl Delivery {
                 self.acknowledged.push(key);
             }
         }
+        self.unblock();
+    }
+
+    fn unblock(&mut self) {
         for (ready, blocked) in self.ready.iter_mut().zip(&mut self.blocked) {
             ready.append(blocked);
         }
@@ -205,6 +395,10 @@ impl Delivery {
             if let Some(lane) = self.lanes.get(&key) {
                 self.session.acknowledge(&lane.queue, self.epoch, lane.upto);
             }
+        }
+        if self.claims.has_remaining() {
+            let session = Arc::clone(&self.session);
+            self.close_claims(&session.packets());
         }
     }
 
@@ -218,6 +412,7 @@ impl Delivery {
     fn drain(
         &mut self,
         key: usize,
+        packets: &mut Packets,
         now: Instant,
         output: &mut Output,
         metrics: &Metrics,
@@ -228,7 +423,7 @@ impl Delivery {
         };
         loop {
             let Some(waiting) = lane.waiting.front_mut() else {
-                if output.remaining() >= HIGH_WATER {
+                if output.remaining() + self.claims.remaining() + self.claimed_bytes >= HIGH_WATER {
                     return Stop::Output;
                 }
                 let owed = if lane.owes {
@@ -249,6 +444,9 @@ impl Delivery {
                     .extend(taken.entries.into_iter().map(|entry| Waiting {
                         messages: entry.batch.messages().collect::<Vec<_>>().into_iter(),
                         duplicate: entry.duplicate,
+                        stored: entry.stored,
+                        sent_as: entry.sent_as,
+                        position: 0,
                         batch: entry.batch,
                     }));
                 continue;
@@ -265,38 +463,58 @@ impl Delivery {
                 .expires
                 .map(|expires| expires.saturating_duration_since(now));
             let expired = expiry.is_some_and(|left| left.is_zero());
-            let before = output.remaining();
+            let exactly_once = batch.qos == Qos::ExactlyOnce;
+            let before = output.remaining() + self.claims.remaining();
             let mut sent = 0;
             let mut stopped = None;
             while !waiting.messages.as_slice().is_empty() {
-                if output.remaining() >= HIGH_WATER {
+                if output.remaining() + self.claims.remaining() + self.claimed_bytes >= HIGH_WATER {
                     stopped = Some(Stop::Output);
                     break;
                 }
+                let earlier = waiting
+                    .sent_as
+                    .as_ref()
+                    .and_then(|ids| ids.get(waiting.position).copied());
                 let mut packet_id = 0;
                 let mut number = None;
                 if batch.qos != Qos::AtMostOnce {
-                    if self.ids.is_full() {
+                    if packets.is_full() {
                         stopped = Some(Stop::Window);
                         break;
                     }
                     let issued = lane.numbers.issue();
-                    packet_id = self.ids.insert((key, issued)).unwrap_or_default();
                     number = Some(issued);
+                    packet_id = match earlier {
+                        // An earlier connection has acknowledged it.
+                        Some(0) => 0,
+                        Some(id) => {
+                            packets.send_again(id, key, issued, batch.qos);
+                            id
+                        }
+                        None => packets.send(key, issued, batch.qos).unwrap_or_default(),
+                    };
                 }
                 let Some(message) = waiting.messages.next() else {
                     break;
                 };
+                waiting.position += 1;
                 let receiver = Some(&self.session.key);
-                let written = if expired {
+                let written = if earlier == Some(0) {
+                    false
+                } else if expired && earlier.is_none() {
                     losses.lose(Reason::Expired, receiver, batch, 1);
                     false
                 } else {
+                    let duplicate = match &waiting.sent_as {
+                        None => waiting.duplicate && batch.qos == Qos::AtLeastOnce,
+                        Some(_) => earlier.is_some(),
+                    };
                     let outgoing = Outgoing {
                         topic: batch.flow.topic.as_str(),
                         packet_id,
                         qos: batch.qos,
-                        duplicate: waiting.duplicate && batch.qos != Qos::AtMostOnce,
+                        duplicate,
                         retain: batch.retain
                             || (view.retain_as_published && batch.retain_as_published),
                         header: message.header.as_deref(),
@@ -304,9 +522,22 @@ impl Delivery {
                         subscription_ids: &view.identifiers,
                         payload: &message.payload,
                     };
-                    let written = output.publish(self.version, &outgoing, self.limit).is_ok();
+                    // The id means this message from now on, also to a client that comes back to a
+                    // broker that was started anew.
+                    let kept =
+                        packets.store().is_some() && exactly_once && waiting.stored.is_some();
+                    let to = if kept { &mut self.claims } else { &mut *output };
+                    let written = to.publish(self.version, &outgoing, self.limit).is_ok();
                     if !written {
                         losses.lose(Reason::TooLarge, receiver, batch, 1);
+                    } else if let Some(sequence) = waiting.stored.filter(|_| kept) {
+                        let place = QueueKey {
+                            session: self.session.id,
+                            subscription: lane.queue.subscription,
+                            class: lane.queue.class,
+                            sequence,
+                        };
+                        packets.keep(StoredPacket::Sent(packet_id, place));
                     }
                     written
                 };
@@ -314,7 +545,20 @@ impl Delivery {
                     sent += 1;
                 } else if let Some(number) = number {
                     // Given up, which for the queue is as good as delivered.
-                    self.ids.remove(packet_id);
+                    if exactly_once {
+                        lane.queue.complete(self.epoch, number);
+                    }
+                    if exactly_once && earlier.is_some() {
+                        // The client may have it from before, and does not know that it is done.
+                        packets.release(packet_id);
+                        packets.keep(StoredPacket::Released(packet_id));
+                        match packets.store() {
+                            Some(_) => self.claims.pubrel(packet_id),
+                            None => output.pubrel(packet_id),
+                        }
+                    } else {
+                        packets.finish(packet_id);
+                    }
                     if let Some(upto) = lane.numbers.acknowledge(number) {
                         lane.upto = upto;
                         lane.queue.acknowledge(self.epoch, upto);
@@ -324,7 +568,7 @@ impl Delivery {
             metrics.messages_out.inc_by(sent);
             metrics
                 .bytes_out
-                .inc_by((output.remaining() - before) as u64);
+                .inc_by((output.remaining() + self.claims.remaining() - before) as u64);
             match stopped {
                 Some(stop) => return stop,
                 None => {

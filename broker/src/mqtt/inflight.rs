@@ -1,56 +1,6 @@
-//! QoS 1 messages on their way to one client: packet ids out, acknowledgements in any order.
+//! QoS 1 and 2 messages on their way to one client: acknowledgements in any order.
 
 use std::collections::VecDeque;
-
-/// Packet ids in use, each with what it stands for. Ids are small numbers that are used again in
-/// the order they became free.
-#[derive(Debug)]
-pub(crate) struct PacketIds<T> {
-    /// What the id `index + 1` stands for. Grows up to `limit`.
-    slots: Vec<Option<T>>,
-    free: VecDeque<u16>,
-    limit: u16,
-}
-
-impl<T> PacketIds<T> {
-    /// At most `limit` ids in use at once.
-    pub(crate) fn new(limit: u16) -> Self {
-        Self {
-            slots: Vec::new(),
-            free: VecDeque::new(),
-            limit,
-        }
-    }
-
-    /// Whether every id is in use.
-    pub(crate) fn is_full(&self) -> bool {
-        self.free.is_empty() && self.slots.len() >= self.limit.into()
-    }
-
-    /// An id for `value`, or `None` when every id is in use.
-    pub(crate) fn insert(&mut self, value: T) -> Option<u16> {
-        if self.is_full() {
-            return None;
-        }
-        let id = match self.free.pop_front() {
-            Some(id) => id,
-            None => {
-                self.slots.push(None);
-                u16::try_from(self.slots.len()).ok()?
-            }
-        };
-        self.slots[usize::from(id) - 1] = Some(value);
-        Some(id)
-    }
-
-    /// Frees an id; `None` when it is not in use.
-    pub(crate) fn remove(&mut self, id: u16) -> Option<T> {
-        let slot = self.slots.get_mut(usize::from(id).checked_sub(1)?)?;
-        let value = slot.take()?;
-        self.free.push_back(id);
-        Some(value)
-    }
-}
 
 /// The numbered messages of one queue. A queue wants to know up to which number everything has
 /// arrived; clients acknowledge each message, in any order.
@@ -93,20 +43,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn ids_are_bounded_and_come_round_in_order() {
-        let mut ids = PacketIds::new(2);
-        assert_eq!(ids.insert('a'), Some(1));
-        assert_eq!(ids.insert('b'), Some(2));
-        assert_eq!((ids.insert('c'), ids.is_full()), (None, true));
-        assert_eq!((ids.remove(0), ids.remove(3)), (None, None));
-        assert_eq!(ids.remove(2), Some('b'));
-        assert_eq!(ids.remove(2), None);
-        assert_eq!(ids.remove(1), Some('a'));
-        assert_eq!(ids.insert('d'), Some(2));
-        assert_eq!(ids.insert('e'), Some(1));
-    }
 
     proptest! {
         #[test]

@@ -31,7 +31,7 @@ pub(crate) struct Output {
 #[derive(Debug)]
 pub(crate) struct Outgoing<'a> {
     pub(crate) topic: &'a str,
-    /// Given for QoS 1, zero for QoS 0.
+    /// Given for QoS 1 and 2, zero for QoS 0.
     pub(crate) packet_id: u16,
     pub(crate) qos: Qos,
     pub(crate) duplicate: bool,
@@ -126,12 +126,17 @@ impl Output {
         self.short(0x50, packet_id);
     }
 
+    /// PUBREL.
+    pub(crate) fn pubrel(&mut self, packet_id: u16) {
+        self.short(0x62, packet_id);
+    }
+
     /// PUBCOMP for success.
     pub(crate) fn pubcomp(&mut self, packet_id: u16) {
         self.short(0x70, packet_id);
     }
 
-    /// PUBACK, PUBREC or PUBCOMP of 5.0 with a reason.
+    /// PUBACK, PUBREC, PUBREL or PUBCOMP of 5.0 with a reason.
     pub(crate) fn refusal(
         &mut self,
         kind: Answer,
@@ -236,7 +241,7 @@ impl Output {
         }
         let before = self.tail.len();
         self.tail.reserve(5 + remaining.min(LARGE + 256));
-        let qos = message.qos.min(Qos::AtLeastOnce) as u8;
+        let qos = message.qos as u8;
         self.tail
             .put_u8(0x30 | u8::from(message.duplicate) << 3 | qos << 1 | u8::from(message.retain));
         put_varint(&mut self.tail, remaining);
@@ -308,6 +313,8 @@ pub(crate) enum Answer {
     Publish = 0x40,
     /// PUBREC, to a QoS 2 PUBLISH.
     PublishQos2 = 0x50,
+    /// PUBREL, to a PUBREC.
+    Received = 0x62,
     /// PUBCOMP, to PUBREL.
     Release = 0x70,
 }

@@ -37,9 +37,14 @@ pub(crate) enum Packet {
     Publish(Box<Publish>),
     /// The receiver's answer to a QoS 1 PUBLISH, whatever its reason code.
     PubAck(u16),
+    /// The receiver's first answer to a QoS 2 PUBLISH.
+    PubRec {
+        packet_id: u16,
+        /// It does not take the message.
+        refused: bool,
+    },
     PubRel(u16),
-    /// PUBREC or PUBCOMP: an answer to a QoS 2 PUBLISH, which the broker sends none of so far.
-    Qos2Answer,
+    PubComp(u16),
     Subscribe(Subscribe),
     Unsubscribe(Unsubscribe),
     Ping,
@@ -314,9 +319,11 @@ fn from_v3(packet: v3::Packet) -> Result<Packet, ProtocolError> {
         })),
         v3::Packet::Publish(publish) => Packet::Publish(publish),
         v3::Packet::PublishAck { packet_id } => Packet::PubAck(packet_id.get()),
-        v3::Packet::PublishReceived { .. } | v3::Packet::PublishComplete { .. } => {
-            Packet::Qos2Answer
-        }
+        v3::Packet::PublishReceived { packet_id } => Packet::PubRec {
+            packet_id: packet_id.get(),
+            refused: false,
+        },
+        v3::Packet::PublishComplete { packet_id } => Packet::PubComp(packet_id.get()),
         v3::Packet::PublishRelease { packet_id } => Packet::PubRel(packet_id.get()),
         v3::Packet::Subscribe {
             packet_id,
@@ -389,7 +396,11 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, ProtocolError> {
         })),
         v5::Packet::Publish(publish) => Packet::Publish(publish),
         v5::Packet::PublishAck(ack) => Packet::PubAck(ack.packet_id.get()),
-        v5::Packet::PublishReceived(_) | v5::Packet::PublishComplete(_) => Packet::Qos2Answer,
+        v5::Packet::PublishReceived(ack) => Packet::PubRec {
+            packet_id: ack.packet_id.get(),
+            refused: ack.reason_code as u8 >= 0x80,
+        },
+        v5::Packet::PublishComplete(ack) => Packet::PubComp(ack.packet_id.get()),
         v5::Packet::PublishRelease(ack) => Packet::PubRel(ack.packet_id.get()),
         v5::Packet::Subscribe(subscribe) => Packet::Subscribe(Subscribe {
             packet_id: subscribe.packet_id.get(),

@@ -1,6 +1,7 @@
 //! The publishing side of one MQTT connection: its open topics, and QoS 2 on the way in.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Buf as _;
 use futures_util::StreamExt as _;
@@ -17,7 +18,9 @@ use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Versi
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
 use crate::publisher::{Incoming, Outcome, Payload, Publisher, Topic};
-use crate::store::StoreError;
+use crate::session::Session;
+use crate::session::packets::Receipt;
+use crate::store::{PacketKey, Store, StoreError, StoredPacket};
 
 /// Topics kept open. Beyond it all are closed, and those still in use open again: a client that
 /// goes through more topics than this pays for each once in a while.
@@ -35,18 +38,21 @@ pub(crate) const TOPIC_ALIAS_MAXIMUM: u16 = 64;
 pub(crate) struct Publishing {
     version: Version,
     publisher: Publisher,
+    session: Arc<Session>,
+    /// Number of the connection within its session.
+    epoch: u64,
     /// Positions in `topics`, by class and name.
     index: [HashMap<TopicName, usize>; 3],
     topics: Vec<Topic>,
     /// Positions of topics that may hold messages to flush; some more than once.
     dirty: Vec<usize>,
     aliases: HashMap<u16, TopicName>,
-    /// QoS 2 packet ids between PUBLISH and PUBREL: their message has been taken.
-    unreleased: HashSet<u16>,
     /// What became of what was taken since the last flush.
     outcome: Outcome,
     /// Answers to messages taken since the last flush.
     answers: Output,
+    /// One of them claims that the store has forgotten or knows a packet id.
+    claims: bool,
     /// Answers that wait for the disk, or behind one that does: they go in the order of their
     /// messages (MQTT 5.0 section 4.6).
     waiting: FuturesOrdered<BoxFuture<'static, Answered>>,
@@ -71,17 +77,24 @@ pub(crate) struct Manners {
 }
 
 impl Publishing {
-    pub(crate) fn new(version: Version, publisher: Publisher) -> Self {
+    pub(crate) fn new(
+        version: Version,
+        publisher: Publisher,
+        session: Arc<Session>,
+        epoch: u64,
+    ) -> Self {
         Self {
             version,
             publisher,
+            session,
+            epoch,
             index: Default::default(),
             topics: Vec::new(),
             dirty: Vec::new(),
             aliases: HashMap::new(),
-            unreleased: HashSet::new(),
             outcome: Outcome::default(),
             answers: Output::default(),
+            claims: false,
             waiting: FuturesOrdered::new(),
             held: None,
         }
@@ -97,18 +110,6 @@ impl Publishing {
     ) -> Result<(), ProtocolError> {
         let qos = packet::qos(publish.qos);
         let id = publish.packet_id.map_or(0, std::num::NonZero::get);
-        if qos == Qos::ExactlyOnce {
-            if self.unreleased.contains(&id) {
-                self.answers.pubrec(id);
-                return Ok(());
-            }
-            if self.unreleased.len() >= RECEIVE_MAXIMUM.into() {
-                return Err(ProtocolError::new(
-                    Reason::RECEIVE_MAXIMUM_EXCEEDED,
-                    "more QoS 2 messages than the receive maximum",
-                ));
-            }
-        }
         let waits = self.version == Version::V3 && qos != Qos::AtMostOnce;
         if waits && let Err(status) = self.publisher.admit() {
             let wait = status.retry_after.unwrap_or_default();
@@ -121,6 +122,15 @@ impl Publishing {
             Found::Plain(position) => (position, None),
             Found::With(position, properties) => (position, properties.encode()),
         };
+        let store = match qos {
+            Qos::ExactlyOnce => match self.receive(id)? {
+                Received::Before => return Ok(()),
+                Received::New(store) => store,
+            },
+            _ => None,
+        };
+        // A message and its packet id are in one commit.
+        let together = store.as_ref().map(Store::together);
         let topic = &mut self.topics[position];
         let message = Incoming {
             qos,
@@ -135,6 +145,16 @@ impl Publishing {
         } else {
             self.publisher.publish(topic, &message)
         };
+        if qos == Qos::ExactlyOnce {
+            // To 5.0 a refusal is told, and ends the exchange.
+            let mut packets = self.session.packets();
+            if result.is_ok() || self.version == Version::V3 {
+                packets.keep(StoredPacket::Received(id));
+            } else {
+                packets.forget(self.epoch, id);
+            }
+        }
+        drop(together);
         if self.dirty.last() != Some(&position) {
             self.dirty.push(position);
         }
@@ -156,9 +176,43 @@ impl Publishing {
         Ok(())
     }
 
+    /// Takes note of the packet id of a QoS 2 message, and answers one that was taken before.
+    fn receive(&mut self, id: u16) -> Result<Received, ProtocolError> {
+        // 3.1.1 knows no receive maximum, but that of its packet ids.
+        let most = match self.version {
+            Version::V3 => u16::MAX,
+            Version::V5 => RECEIVE_MAXIMUM,
+        };
+        let mut packets = self.session.packets();
+        match packets.receive(self.epoch, id, most) {
+            Receipt::New => Ok(Received::New(packets.store().cloned())),
+            Receipt::Again => {
+                self.claims |= packets.store().is_some();
+                self.answers.pubrec(id);
+                Ok(Received::Before)
+            }
+            // The connection that has the session now is sent it again.
+            Receipt::Stale => Ok(Received::Before),
+            Receipt::TooMany => Err(ProtocolError::new(
+                Reason::RECEIVE_MAXIMUM_EXCEEDED,
+                "more QoS 2 messages than the receive maximum",
+            )),
+        }
+    }
+
     /// PUBREL: the packet id is free again.
     pub(crate) fn release(&mut self, id: u16, manners: Manners, output: &mut Output) {
-        if self.unreleased.remove(&id) || self.version == Version::V3 {
+        let mut packets = self.session.packets();
+        if packets.forget(self.epoch, id) {
+            if packets.store().is_some() {
+                // If the store still had it later, a message of the same id would be lost.
+                packets.drop_kept(PacketKey::Received(id));
+                self.claims = true;
+                self.answers.pubcomp(id);
+            } else {
+                output.pubcomp(id);
+            }
+        } else if self.version == Version::V3 {
             output.pubcomp(id);
         } else {
             let reason = Reason::PACKET_ID_NOT_FOUND;
@@ -176,7 +230,8 @@ impl Publishing {
         }
         let answers = std::mem::take(&mut self.answers);
         let reached = self.publisher.reached(Durability::Default, outcome);
-        match self.publisher.synced().filter(|_| reached.is_none()) {
+        let waits = std::mem::take(&mut self.claims) || reached.is_none();
+        match self.publisher.synced().filter(|_| waits) {
             Some(synced) => self.waiting.push_back(Box::pin(async move {
                 let closed = || Err(StoreError::Failed("it was closed".into()));
                 (synced.await.unwrap_or_else(|_| closed()), answers)
@@ -249,7 +304,6 @@ impl Publishing {
                 }
             }
             (Qos::ExactlyOnce, result) => {
-                self.unreleased.insert(id);
                 output.pubrec(id);
                 if result.is_ok() {
                     self.publisher.count_acknowledged(1);
@@ -318,6 +372,14 @@ impl Publishing {
         self.index[class.index()].insert(name, position);
         position
     }
+}
+
+/// What a QoS 2 message is.
+enum Received {
+    /// It was taken before, or is none of this connection's.
+    Before,
+    /// A new one, and where its packet id is kept, if anywhere.
+    New(Option<Store>),
 }
 
 /// Where a message goes.

@@ -504,7 +504,7 @@ async fn an_old_client_is_denied_as_its_standard_allows() {
         }),
         v3::Packet::SubscribeAck {
             packet_id: 1.try_into().unwrap(),
-            status: vec![Failure, Success(QoS::AtLeastOnce)],
+            status: vec![Failure, Success(QoS::ExactlyOnce)],
         },
         v3::Packet::PublishAck {
             packet_id: 2.try_into().unwrap(),

@@ -236,6 +236,7 @@ impl DatagramDelivery {
                         batch: Arc::new(single),
                         duplicate: false,
                         stored: None,
+                        sent_as: None,
                     },
                 ));
             }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use bytes::Bytes;
 
-use super::{Change, HistoryKey, QueueKey};
+use super::{Change, HistoryKey, PacketKey, QueueKey};
 
 /// What a change is about. Of two changes with the same subject only the later one counts.
 #[derive(PartialEq, Eq, Hash)]
@@ -15,6 +15,8 @@ enum Subject {
     Retained(std::sync::Arc<str>, std::sync::Arc<str>),
     MessageId(std::sync::Arc<str>, std::sync::Arc<str>, Bytes),
     History(HistoryKey),
+    Packet(u64, PacketKey),
+    Will(u64),
 }
 
 /// Takes out what later changes undo. The outcome is the same, for changes none of which has been
@@ -27,6 +29,8 @@ pub(super) fn compact(changes: Vec<Change>) -> Vec<Change> {
                 | Change::RemoveSession(_)
                 | Change::RemoveSubscription(..)
                 | Change::RemoveHistory(_)
+                | Change::RemovePacket(..)
+                | Change::RemoveWill(_)
         )
     };
     if !changes.iter().any(undoes) {
@@ -73,6 +77,12 @@ pub(super) fn compact(changes: Vec<Change>) -> Vec<Change> {
             Change::PutHistory(key, ..) | Change::RemoveHistory(key) => {
                 (Subject::History(key.clone()), 0)
             }
+            Change::PutPacket(session, packet) => {
+                (Subject::Packet(*session, packet.key()), *session)
+            }
+            Change::RemovePacket(session, key) => (Subject::Packet(*session, *key), *session),
+            Change::PutWill(will) => (Subject::Will(will.session), 0),
+            Change::RemoveWill(session) => (Subject::Will(*session), 0),
         };
         let queue_ended = match &change {
             // Zero stands for the session's shared queues, which no subscription owns.

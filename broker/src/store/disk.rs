@@ -6,8 +6,8 @@ use std::time::{Instant, SystemTime};
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
 use super::record::{
-    decode_history, decode_json, decode_message_id, encode_batch, encode_history, encode_json,
-    encode_message_id,
+    decode_history, decode_json, decode_message_id, decode_packet, decode_will, encode_batch,
+    encode_history, encode_json, encode_message_id, encode_packet, encode_will, packet_key,
 };
 use super::{
     Change, Engine, HistoryKey, Loaded, QueueKey, StoreError, StoredMessages, StoredSession,
@@ -47,6 +47,8 @@ struct Tables {
     retained: Keyspace,
     message_ids: Keyspace,
     history: Keyspace,
+    packets: Keyspace,
+    wills: Keyspace,
 }
 
 impl std::fmt::Debug for DiskEngine {
@@ -102,13 +104,15 @@ const EMFILE: i32 = 24;
 const ENFILE: i32 = 23;
 
 /// Keyspaces in the order they are made in.
-const SPACES: [&str; 6] = [
+const SPACES: [&str; 8] = [
     "sessions",
     "subscriptions",
     "queues",
     "retained",
     "message-ids",
     "history",
+    "packets",
+    "wills",
 ];
 
 impl DiskEngine {
@@ -248,6 +252,8 @@ impl Tables {
             retained,
             message_ids,
             history,
+            packets,
+            wills,
         ] = SPACES.map(keyspace);
         Ok(Self {
             sessions: sessions?,
@@ -256,6 +262,8 @@ impl Tables {
             retained: retained?,
             message_ids: message_ids?,
             history: history?,
+            packets: packets?,
+            wills: wills?,
             database,
         })
     }
@@ -278,7 +286,7 @@ impl Tables {
                 Change::RemoveSession(id) => {
                     let id = id.to_be_bytes();
                     batch.remove(&self.sessions, id);
-                    for space in [&self.subscriptions, &self.queues] {
+                    for space in [&self.subscriptions, &self.queues, &self.packets] {
                         for item in space.prefix(id) {
                             batch.remove(space, item.key()?);
                         }
@@ -332,6 +340,17 @@ impl Tables {
                     batch.insert(&self.history, history_key(key), record);
                 }
                 Change::RemoveHistory(key) => batch.remove(&self.history, history_key(key)),
+                Change::PutPacket(session, packet) => {
+                    let key = packet_key(*session, packet.key());
+                    batch.insert(&self.packets, key, encode_packet(packet));
+                }
+                Change::RemovePacket(session, key) => {
+                    batch.remove(&self.packets, packet_key(*session, *key));
+                }
+                Change::PutWill(will) => {
+                    batch.insert(&self.wills, will.session.to_be_bytes(), encode_will(will));
+                }
+                Change::RemoveWill(session) => batch.remove(&self.wills, session.to_be_bytes()),
             }
         }
         batch.commit()
@@ -346,6 +365,8 @@ impl Tables {
             &self.retained,
             &self.message_ids,
             &self.history,
+            &self.packets,
+            &self.wills,
         ];
         for (name, space) in SPACES.iter().zip(spaces) {
             let Some(records) = records.get(*name) else {
@@ -490,6 +511,16 @@ impl Tables {
                 Ok(())
             },
         );
+        scan(&self.packets, "packet id", &mut left_out, |key, value| {
+            let packet = decode_packet(key, value).map_err(|error| error.to_string())?;
+            loaded.packets.push(packet);
+            Ok(())
+        });
+        scan(&self.wills, "will", &mut left_out, |_, value| {
+            let will = decode_will(value).map_err(|error| error.to_string())?;
+            loaded.wills.push(will);
+            Ok(())
+        });
         // Past damage the scan goes backwards.
         loaded.history.sort_by(|(a, ..), (b, ..)| a.cmp(b));
         loaded.sessions = sessions.into_values().collect();

@@ -73,6 +73,52 @@ pub struct StoredMessageId {
     pub until: SystemTime,
 }
 
+/// A QoS 2 packet id of a kept session that is in progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoredPacket {
+    /// The client has published with this id, and has not released it.
+    Received(u16),
+    /// The batch of this place, which is one message, was sent with this id; [`QueueKey::session`] is
+    /// the session's.
+    Sent(u16, QueueKey),
+    /// The client has the message of this id, and is owed the PUBREL, or has not answered it.
+    Released(u16),
+}
+
+/// The id that a kept packet id is: it can be in use in both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PacketKey {
+    /// Chosen by the client.
+    Received(u16),
+    /// Chosen by the broker.
+    Sent(u16),
+}
+
+/// The will of a connected session, or one whose delay is running.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredWill {
+    /// Id of the session.
+    pub session: u64,
+    /// Whose, as a SPIFFE URI.
+    pub identity: String,
+    /// Name of the session within the identity.
+    pub name: String,
+    /// Where.
+    pub topic: String,
+    /// What.
+    pub payload: Bytes,
+    /// Encoded `MessageHeader`, if any.
+    pub header: Option<Bytes>,
+    /// Quality of service.
+    pub qos: Qos,
+    /// Keep as the topic's retained message.
+    pub retain: bool,
+    /// Wait this long, from the loss of the connection on.
+    pub delay_ms: u64,
+    /// When the connection was lost, in milliseconds since 1970; absent while connected.
+    pub lost_ms: Option<u64>,
+}
+
 /// One batch as it is kept: nothing in it refers to the process that wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredMessages {
@@ -185,6 +231,113 @@ pub(crate) fn decode_message_id(bytes: &[u8]) -> Result<StoredMessageId, RecordE
         publisher: take_text(&mut body)?,
         id: take_bytes(&mut body)?,
         until: from_unix_ms(until),
+    })
+}
+
+impl StoredPacket {
+    /// Which id it is about.
+    pub fn key(&self) -> PacketKey {
+        match *self {
+            Self::Received(id) => PacketKey::Received(id),
+            Self::Sent(id, _) | Self::Released(id) => PacketKey::Sent(id),
+        }
+    }
+}
+
+/// The key of a packet id: sorts by session.
+pub(crate) fn packet_key(session: u64, packet: PacketKey) -> [u8; 11] {
+    let (direction, id) = match packet {
+        PacketKey::Received(id) => (0, id),
+        PacketKey::Sent(id) => (1, id),
+    };
+    let mut key = [0; 11];
+    key[..8].copy_from_slice(&session.to_be_bytes());
+    key[8] = direction;
+    key[9..].copy_from_slice(&u16::to_be_bytes(id));
+    key
+}
+
+/// A packet id as bytes.
+pub(crate) fn encode_packet(packet: &StoredPacket) -> Vec<u8> {
+    let mut record = vec![0; PREFIX];
+    if let StoredPacket::Sent(_, place) = packet {
+        record.extend_from_slice(&place.to_bytes());
+    }
+    seal(&mut record);
+    record
+}
+
+/// A packet id and its session from the key and the bytes.
+pub(crate) fn decode_packet(key: &[u8], bytes: &[u8]) -> Result<(u64, StoredPacket), RecordError> {
+    let body = versioned(bytes)?;
+    let (session, rest) = key
+        .split_first_chunk()
+        .ok_or_else(|| damaged("its key is short"))?;
+    let &[direction, high, low] = rest else {
+        return Err(damaged("its key is no packet id"));
+    };
+    let id = u16::from_be_bytes([high, low]);
+    let packet = match (direction, body) {
+        (0, []) => StoredPacket::Received(id),
+        (1, []) => StoredPacket::Released(id),
+        (1, place) => StoredPacket::Sent(
+            id,
+            QueueKey::from_bytes(place).ok_or_else(|| damaged("its place in a queue"))?,
+        ),
+        _ => return Err(damaged("its direction")),
+    };
+    Ok((u64::from_be_bytes(*session), packet))
+}
+
+/// A will as bytes.
+pub(crate) fn encode_will(will: &StoredWill) -> Vec<u8> {
+    let mut out = BytesMut::with_capacity(will.payload.len() + will.topic.len() + 256);
+    out.put_bytes(0, PREFIX);
+    out.put_u64(will.session);
+    out.put_u64(will.delay_ms);
+    out.put_u64(will.lost_ms.map_or(0, |lost| lost.max(1)));
+    out.put_u8(will.qos as u8);
+    out.put_u8(u8::from(will.retain) | u8::from(will.header.is_some()) << 1);
+    for part in [
+        will.identity.as_bytes(),
+        will.name.as_bytes(),
+        will.topic.as_bytes(),
+        will.header.as_deref().unwrap_or_default(),
+        &will.payload,
+    ] {
+        put_bytes(&mut out, part);
+    }
+    let mut record = out.to_vec();
+    seal(&mut record);
+    record
+}
+
+/// A will from bytes.
+pub(crate) fn decode_will(bytes: &[u8]) -> Result<StoredWill, RecordError> {
+    let mut body = Bytes::copy_from_slice(versioned(bytes)?);
+    if body.len() < 26 {
+        return Err(damaged("it ends early"));
+    }
+    let session = body.get_u64();
+    let delay_ms = body.get_u64();
+    let lost_ms = body.get_u64();
+    let qos = Qos::try_from(body.get_u8()).map_err(|_| damaged("unknown quality of service"))?;
+    let flags = body.get_u8();
+    let identity = take_text(&mut body)?;
+    let name = take_text(&mut body)?;
+    let topic = take_text(&mut body)?;
+    let header = take_bytes(&mut body)?;
+    Ok(StoredWill {
+        session,
+        identity,
+        name,
+        topic,
+        payload: take_bytes(&mut body)?,
+        header: (flags & 2 != 0).then_some(header),
+        qos,
+        retain: flags & 1 != 0,
+        delay_ms,
+        lost_ms: (lost_ms > 0).then_some(lost_ms),
     })
 }
 
