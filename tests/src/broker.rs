@@ -131,6 +131,11 @@ impl TestBroker {
         server.reload(self.config.clone());
     }
 
+    /// Where the broker listens.
+    pub fn addresses(&self) -> selvedge_broker::Addresses {
+        self.server.as_ref().expect("the broker runs").addresses()
+    }
+
     /// The address of the native listener.
     pub fn quic(&self) -> SocketAddr {
         self.config.quic.expect("every test broker has it")

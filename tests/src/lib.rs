@@ -4,6 +4,7 @@
 pub mod broker;
 #[cfg(target_os = "linux")]
 pub mod checker;
+pub mod http;
 pub mod link;
 pub mod log;
 pub mod mqtt;
@@ -16,6 +17,7 @@ pub mod tunnel;
 pub mod wait;
 
 pub use broker::TestBroker;
+pub use http::{GrpcPeer, HttpPeer};
 pub use link::{LinkCounts, UdpLink, Weather};
 pub use mqtt::{MqttAnswer, MqttEvent, MqttMessage, MqttOptions, MqttPeer, MqttVersion};
 pub use pki::{IdentityFiles, RawCertificate, TestPki};

@@ -98,6 +98,22 @@ impl TestPki {
         .expect("a TLS configuration of good parts")
     }
 
+    /// TLS over TCP as a client of the front door uses it, for one protocol of HTTP.
+    pub fn http_client(
+        &self,
+        credentials: Option<&Credentials>,
+        alpn: &[u8],
+    ) -> rustls::ClientConfig {
+        let config = tcp_client_config(
+            credentials,
+            &self.anchors(),
+            ServerIdentity::Spiffe,
+            &[alpn],
+        );
+        let config = config.expect("a TLS configuration of good parts");
+        Arc::unwrap_or_clone(config)
+    }
+
     /// Writes a device's certificate and key.
     pub fn device_files(&self, tenant: &str, site: &str, name: &str) -> IdentityFiles {
         self.issue_files(&IssueRequest::client(tenant, site, name))

@@ -9,6 +9,7 @@ mod calls;
 mod datagrams;
 mod durability;
 mod explain;
+mod front;
 mod history;
 mod hostile;
 mod identity;

@@ -37,13 +37,13 @@ async fn plant() -> TestBroker {
 }
 
 /// A certificate whose file is at hand, so that it can be withdrawn.
-struct Device {
-    credentials: Credentials,
+pub(super) struct Device {
+    pub(super) credentials: Credentials,
     cert_pem: Vec<u8>,
 }
 
 impl Device {
-    fn new(pki: &TestPki, name: &str) -> Self {
+    pub(super) fn new(pki: &TestPki, name: &str) -> Self {
         let files = pki.device_files("acme", "plant-1", name);
         Self {
             credentials: Credentials::from_files(&files.cert, &files.key).unwrap(),
@@ -75,7 +75,7 @@ fn list(pki: &TestPki, devices: &[&Device]) -> TrustAnchors {
 }
 
 /// Withdraws certificates and has the broker take that over, as SIGHUP does.
-fn revoke(broker: &mut TestBroker, devices: &[&Device]) {
+pub(super) fn revoke(broker: &mut TestBroker, devices: &[&Device]) {
     broker.config.trust = list(&broker.pki, devices);
     broker.reload_config();
 }
