@@ -1,6 +1,7 @@
 //! `bridge.toml`: read once, checked whole, every problem reported at once.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ const DEFAULT_SESSION_EXPIRY: Duration = Duration::from_secs(24 * 60 * 60);
 const DEFAULT_KEEP_ALIVE: Duration = Duration::from_secs(30);
 const DEFAULT_RECONNECT_MAX: Duration = Duration::from_secs(30);
 const DEFAULT_OUTBOX_BYTES: usize = 16 * 1024 * 1024;
+const DEFAULT_DISK_BYTES: usize = 256 * 1024 * 1024;
 const DEFAULT_MAX_PACKET: usize = selvedge_proto::DEFAULT_MAX_FRAME;
 /// The longest packet of MQTT: the largest variable byte integer and the fixed header.
 const MAX_PACKET: usize = 268_435_460;
@@ -26,6 +28,11 @@ const MAX_PACKET: usize = 268_435_460;
 pub struct BridgeConfig {
     /// The broker of the fabric.
     pub fabric: FabricConfig,
+    /// `[store] folder`: the bridge's own disk. Default: none, so nothing is kept over a restart of
+    /// the bridge, QoS 2 is not carried, and nothing is taken while the other side is away.
+    pub store: Option<PathBuf>,
+    /// `[admin] listen`: where health, status and metrics are served. Default: nowhere.
+    pub admin: Option<SocketAddr>,
     /// The remote brokers; at least one.
     pub remotes: Vec<RemoteConfig>,
 }
@@ -77,8 +84,11 @@ pub struct RemoteConfig {
     pub reconnect_max: Duration,
     /// The largest MQTT packet taken from or given to the remote, in bytes. Default: 16 MiB.
     pub max_packet_bytes: usize,
-    /// Bytes of messages that may be under way in each direction. Default: 16 MiB.
+    /// Bytes of messages in memory in each direction. Default: 16 MiB.
     pub outbox_bytes: usize,
+    /// Bytes of messages that may wait on the bridge's disk in each direction, with `[store]`.
+    /// Default: 256 MiB.
+    pub disk_bytes: usize,
     /// What is carried.
     pub rules: Vec<Rule>,
 }
@@ -159,6 +169,8 @@ impl BridgeConfig {
         let mut problems = Vec::new();
         let mut root = Reader::new(String::new(), text.parse()?, &mut problems);
         let fabric = root.required("fabric", "a table", as_table);
+        let store = root.optional("store", "a table", as_table);
+        let admin = root.optional("admin", "a table", as_table);
         let remotes = root.required("remote", "an array of tables, [[remote]]", as_tables);
         if remotes.as_ref().is_some_and(Vec::is_empty) {
             root.problem("remote", &"expected at least one [[remote]], found none");
@@ -170,6 +182,20 @@ impl BridgeConfig {
                 Reader::new("fabric.".to_owned(), table, &mut problems),
                 base,
             )
+        });
+        let store = store.and_then(|table| {
+            let mut reader = Reader::new("store.".to_owned(), table, &mut problems);
+            let folder = reader.required_path("folder", base);
+            reader.finish();
+            folder
+        });
+        let admin = admin.and_then(|table| {
+            let mut reader = Reader::new("admin.".to_owned(), table, &mut problems);
+            let listen = reader.required("listen", "\"address:port\"", |value| {
+                value.as_str()?.parse().ok()
+            });
+            reader.finish();
+            listen
         });
         let mut checked = Vec::new();
         let mut rules_readable = true;
@@ -195,6 +221,12 @@ impl BridgeConfig {
                 ));
             }
         }
+        let has_session = fabric
+            .as_ref()
+            .is_none_or(|fabric| fabric.session.is_some());
+        for remote in &checked {
+            problems.extend(check_exactly_once(remote, store.is_some(), has_session));
+        }
         if rules_readable {
             let sets: Vec<RuleSet<'_>> = checked
                 .iter()
@@ -210,11 +242,43 @@ impl BridgeConfig {
         match fabric {
             Some(fabric) if problems.is_empty() => Ok(Self {
                 fabric,
+                store,
+                admin,
                 remotes: checked,
             }),
             _ => Err(ConfigError::Invalid { problems }),
         }
     }
+}
+
+/// QoS 2 is a promise about what all three remember.
+fn check_exactly_once(
+    remote: &RemoteConfig,
+    has_store: bool,
+    has_session: bool,
+) -> impl Iterator<Item = String> {
+    let name = &remote.name;
+    let mut rules = remote.rules.iter();
+    let wanted = rules.position(|rule| rule.qos_cap == Qos::ExactlyOnce);
+    let needs = [
+        (!has_store, "[store] folder, where the bridge remembers"),
+        (!has_session, "fabric.session, so that the fabric does"),
+        (
+            remote.clean_session,
+            "clean_session = false, so that the remote does",
+        ),
+    ];
+    let needs = needs
+        .into_iter()
+        .filter_map(|(missing, what)| missing.then_some(what));
+    let problems = needs.filter_map(|what| {
+        let rule = wanted? + 1;
+        Some(format!(
+            "remote {name:?}: rule {rule}: qos: expected {what} what was carried, \
+             for qos = 2, found it missing; add it or use qos = 1"
+        ))
+    });
+    problems.collect::<Vec<_>>().into_iter()
 }
 
 fn read_fabric(mut reader: Reader<'_>, base: &Path) -> Option<FabricConfig> {
@@ -290,6 +354,9 @@ fn read_remote(mut reader: Reader<'_>, base: &Path) -> Option<RemoteConfig> {
         });
     let outbox_bytes = reader.optional("outbox_bytes", "65536 to 4294967295 bytes", |value| {
         as_size(value).filter(|size| *size >= 65_536 && u32::try_from(*size).is_ok())
+    });
+    let disk_bytes = reader.optional("disk_bytes", "65536 or more bytes", |value| {
+        as_size(value).filter(|size| *size >= 65_536)
     });
     let tables = reader.required("rule", "an array of tables, [[remote.rule]]", as_tables);
 
@@ -394,6 +461,7 @@ fn read_remote(mut reader: Reader<'_>, base: &Path) -> Option<RemoteConfig> {
         reconnect_max: reconnect_max.unwrap_or(DEFAULT_RECONNECT_MAX),
         max_packet_bytes: max_packet_bytes.unwrap_or(DEFAULT_MAX_PACKET),
         outbox_bytes: outbox_bytes.unwrap_or(DEFAULT_OUTBOX_BYTES),
+        disk_bytes: disk_bytes.unwrap_or(DEFAULT_DISK_BYTES),
         rules: rules??,
     })
 }
@@ -412,15 +480,12 @@ fn read_rule(mut reader: Reader<'_>) -> Option<Rule> {
     let filter = reader.required("filter", "a topic filter relative to the prefixes", as_text);
     let remote_prefix = reader.optional("remote_prefix", "topic levels ending with /", as_text);
     let local_prefix = reader.optional("local_prefix", "topic levels ending with /", as_text);
-    let qos = reader.optional(
-        "qos",
-        "0 or 1 (QoS 2 is carried as QoS 1: at least once)",
-        |value| match value.as_integer()? {
-            0 => Some(Qos::AtMostOnce),
-            1 => Some(Qos::AtLeastOnce),
-            _ => None,
-        },
-    );
+    let qos = reader.optional("qos", "0, 1 or 2", |value| match value.as_integer()? {
+        0 => Some(Qos::AtMostOnce),
+        1 => Some(Qos::AtLeastOnce),
+        2 => Some(Qos::ExactlyOnce),
+        _ => None,
+    });
     let retain = reader.optional("retain", "\"keep\" or \"clear\"", |value| {
         match value.as_str()? {
             "keep" => Some(Retain::Keep),

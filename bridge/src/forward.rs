@@ -2,24 +2,21 @@
 //! messages from the fabric.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
-use selvedge_client::{
-    Backoff, Client, Code, Message, Publish, PublishError, Reconnect, Subscription,
-};
-use selvedge_proto::message::{Class, Properties, Qos};
+use selvedge_client::{Message, Subscription};
+use selvedge_proto::message::{Durability, Properties, Qos};
 use selvedge_proto::topic::TopicName;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::mapping::Rule;
+use crate::names::Names;
 use crate::properties::add_hop;
-use crate::status::{DropReason, InFlight, Record};
-
-/// Delays between attempts to give the fabric a message that it cannot take just now.
-const RETRY_MIN: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(10);
+use crate::spool::record::Stored;
+use crate::spool::{Spool, Waiter};
+use crate::status::{DropReason, Record};
 
 /// A message as a remote sent it or will get it, the same for every MQTT version.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,8 +44,25 @@ const PACKET_OVERHEAD: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Inward {
     pub(crate) rule: usize,
-    pub(crate) qos: Qos,
-    pub(crate) publish: Publish,
+    pub(crate) durability: Durability,
+    /// With the topic that it has in the fabric.
+    pub(crate) packet: Packet,
+}
+
+impl Inward {
+    /// As it is kept; `name` makes it the same message when it is given to the fabric again.
+    pub(crate) fn stored(self, name: Bytes) -> Stored {
+        let taken = SystemTime::now();
+        let expiry = self.packet.properties.expiry;
+        Stored {
+            rule: self.rule,
+            taken,
+            expires: expiry.and_then(|expiry| taken.checked_add(expiry)),
+            durability: self.durability,
+            name,
+            packet: self.packet,
+        }
+    }
 }
 
 /// What becomes of a message of the remote; an error names the rule that it would have gone by.
@@ -66,52 +80,74 @@ pub(crate) fn inward(
     let rule = &rules[index];
     let mut properties = packet.properties;
     add_hop(&mut properties.hops, own_hop).map_err(|refusal| (Some(index), refusal.into()))?;
-    let qos = packet.qos.min(rule.qos_cap);
-    let publish = Publish::new(topic, packet.payload)
-        .qos(qos)
-        .retain(rule.retain.apply(packet.retain))
-        .class(Class::Normal)
-        .durability(rule.durability)
-        .properties(properties);
     Ok(Inward {
         rule: index,
-        qos,
-        publish,
+        durability: rule.durability,
+        packet: Packet {
+            topic: Bytes::copy_from_slice(topic.as_str().as_bytes()),
+            payload: packet.payload,
+            qos: packet.qos.min(rule.qos_cap),
+            retain: rule.retain.apply(packet.retain),
+            properties,
+        },
     })
 }
 
-/// A message of the fabric, as it goes to the remote.
-pub(crate) fn outward(rule: &Rule, own_hop: &str, message: &Message) -> Result<Packet, DropReason> {
+/// A message of the fabric, as it goes to the remote, and its name if it has one: then it may be
+/// carried exactly once.
+pub(crate) fn outward(
+    rule: &Rule,
+    own_hop: &str,
+    message: &Message,
+) -> Result<(Packet, Bytes), DropReason> {
     let topic = rule.map_out(&message.topic).ok_or(DropReason::Unmapped)?;
     let mut properties = message.properties().clone();
     add_hop(&mut properties.hops, own_hop)?;
-    Ok(Packet {
+    // The id is the fabric's own.
+    let id = std::mem::take(&mut properties.message_id);
+    let mut qos = message.qos.min(rule.qos_cap);
+    let mut name = Bytes::new();
+    if rule.qos_cap == Qos::ExactlyOnce && message.qos > Qos::AtMostOnce {
+        if id.is_empty() {
+            // Nothing would tell a second delivery by the fabric from another message.
+            qos = Qos::AtLeastOnce;
+        } else {
+            qos = Qos::ExactlyOnce;
+            // The topic, since two rules may carry one message to two places.
+            name = [message.publisher.as_bytes(), topic.as_str().as_bytes(), &id]
+                .join(&0)
+                .into();
+        }
+    }
+    let packet = Packet {
         topic: Bytes::copy_from_slice(topic.as_str().as_bytes()),
         payload: message.payload.clone(),
-        qos: message.qos.min(rule.qos_cap),
+        qos,
         retain: rule.retain.apply(message.retain),
         properties,
-    })
+    };
+    Ok((packet, name))
 }
 
-/// A message on its way to the remote. Dropping it without an acknowledgement leaves it to the
-/// fabric to deliver it again.
+/// The fabric, which keeps a message until it is acknowledged.
+#[derive(Debug)]
+pub(crate) struct Owed(Message);
+
+impl Waiter for Owed {
+    fn released(mut self) {
+        self.0.ack();
+    }
+}
+
+/// A message on its way to the remote.
 #[derive(Debug)]
 pub(crate) struct Outbound {
     pub(crate) rule: usize,
     pub(crate) packet: Packet,
     /// When its lifetime ends.
     pub(crate) expires: Option<Instant>,
-    message: Message,
-    _in_flight: InFlight,
-    _room: OwnedSemaphorePermit,
-}
-
-impl Outbound {
-    /// The fabric need not keep the message any longer.
-    pub(crate) fn acknowledge(mut self) {
-        self.message.ack();
-    }
+    /// Its number in the queue; none for QoS 0, which is in no queue.
+    pub(crate) number: Option<u64>,
 }
 
 /// Takes the messages of one outward rule from the fabric.
@@ -121,11 +157,12 @@ pub(crate) struct OutwardTask {
     pub(crate) own_hop: Arc<str>,
     pub(crate) record: Record,
     pub(crate) subscription: Subscription,
-    /// Where messages go; bounded, and when it is full the task waits, so that the fabric keeps them.
-    pub(crate) outbox: mpsc::Sender<Outbound>,
-    /// Room in bytes, shared by the rules of the remote; when there is none the task waits.
-    pub(crate) room: Arc<Semaphore>,
-    pub(crate) room_bytes: u32,
+    /// Where messages go; when it has no room the task waits, so that the fabric keeps them.
+    pub(crate) spool: Spool<Owed>,
+    /// What was carried exactly once.
+    pub(crate) names: Names,
+    /// Where QoS 0 goes; bounded, and when it is full the task waits.
+    pub(crate) passing: mpsc::Sender<Outbound>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -140,7 +177,7 @@ impl OutwardTask {
 
     async fn forward(&mut self) {
         while let Some(mut message) = self.subscription.next().await {
-            let packet = match outward(&self.rule, &self.own_hop, &message) {
+            let (packet, name) = match outward(&self.rule, &self.own_hop, &message) {
                 Ok(packet) => packet,
                 Err(reason) => {
                     self.record.dropped(Some(self.index), reason, None);
@@ -148,32 +185,36 @@ impl OutwardTask {
                     continue;
                 }
             };
-            if packet.qos == Qos::AtMostOnce && !self.record.is_connected() {
-                let reason = DropReason::Disconnected;
-                self.record.dropped(Some(self.index), reason, None);
+            if packet.qos == Qos::AtMostOnce {
                 message.ack();
+                if !self.pass(packet).await {
+                    return;
+                }
                 continue;
             }
-            let in_flight = self.record.set_out(self.index);
-            let expiry = packet.properties.expiry;
-            let expires = expiry.and_then(|expiry| Instant::now().checked_add(expiry));
-            // A message larger than all the room goes alone.
-            let bytes = u32::try_from(packet.bytes()).unwrap_or(u32::MAX);
-            let bytes = bytes.min(self.room_bytes);
-            let Ok(room) = Arc::clone(&self.room).acquire_many_owned(bytes).await else {
-                return;
-            };
-            let outbound = Outbound {
-                rule: self.index,
-                packet,
-                expires,
-                message,
-                _in_flight: in_flight,
-                _room: room,
-            };
-            if self.outbox.send(outbound).await.is_err() {
-                return;
+            if !name.is_empty()
+                && let Some(number) = self.names.number(&name)
+            {
+                self.record.repeated(self.index);
+                self.spool.attach(number, Owed(message));
+                continue;
             }
+            if !self.spool.has_room() {
+                self.spool.count_full();
+                self.spool.room().await;
+            }
+            let stored = Inward {
+                rule: self.index,
+                durability: Durability::Default,
+                packet,
+            }
+            .stored(name.clone());
+            let (names, place) = (&self.names, self.spool.place());
+            let further = |number| match name.is_empty() {
+                true => Vec::new(),
+                false => names.add(place, number, &name),
+            };
+            self.spool.append(stored, Owed(message), further).await;
         }
         let reason = match self.subscription.end() {
             Some(status) => format!("the fabric ended the subscription: {status}"),
@@ -182,63 +223,23 @@ impl OutwardTask {
         tracing::error!(rule = %self.rule, %reason, "nothing more is carried out by this rule");
         self.record.rule_error(self.index, reason);
     }
-}
 
-/// What the fabric made of a message.
-#[derive(Debug)]
-pub(crate) enum Taken {
-    /// The fabric has it as safe as the rule demands.
-    Yes,
-    /// The fabric will never take it.
-    Dropped(DropReason, String),
-    /// The client is closed: somebody else must try again.
-    No(String),
-}
-
-/// Gives the fabric a message, again and again while the fabric is only busy.
-pub(crate) async fn give_to_fabric(
-    fabric: Client,
-    inward: Inward,
-    record: Record,
-    in_flight: InFlight,
-) -> Taken {
-    let Inward { rule, qos, publish } = inward;
-    let mut backoff = Backoff::new(Reconnect {
-        min: RETRY_MIN,
-        max: RETRY_MAX,
-    });
-    loop {
-        let error = match fabric.publish_message(publish.clone()).await {
-            Ok(_) => {
-                drop(in_flight);
-                return Taken::Yes;
-            }
-            Err(error) => error,
+    /// Sends QoS 0 on its way, if there is one. `false` at the end.
+    async fn pass(&self, packet: Packet) -> bool {
+        if !self.record.is_connected() {
+            let reason = DropReason::Disconnected;
+            self.record.dropped(Some(self.index), reason, None);
+            return true;
+        }
+        let expiry = packet.properties.expiry;
+        let outbound = Outbound {
+            rule: self.index,
+            packet,
+            expires: expiry.and_then(|expiry| Instant::now().checked_add(expiry)),
+            number: None,
         };
-        let message = error.to_string();
-        let reason = match error {
-            PublishError::Closed(_) => return Taken::No(message),
-            PublishError::Refused(status) if qos > Qos::AtMostOnce && is_passing(status.code) => {
-                record.rule_error(rule, message);
-                let delay = backoff.delay(rand::random());
-                let after = status.retry_after.unwrap_or_default();
-                tokio::time::sleep(after.saturating_add(delay)).await;
-                continue;
-            }
-            PublishError::Disconnected => DropReason::Disconnected,
-            PublishError::TooLarge { .. } => DropReason::TooLarge,
-            _ => DropReason::Refused,
-        };
-        return Taken::Dropped(reason, message);
+        self.passing.send(outbound).await.is_ok()
     }
-}
-
-/// Whether the same message may be taken later.
-fn is_passing(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded | Code::Aborted
-    )
 }
 
 #[cfg(test)]
@@ -282,20 +283,20 @@ mod tests {
     #[test]
     fn the_rule_that_maps_decides_name_quality_and_retain() {
         let carried = inward(&rules(), OWN, packet(b"a/1", vec![])).unwrap();
-        assert_eq!((carried.rule, carried.qos), (1, Qos::AtMostOnce));
-        let text = format!("{:?}", carried.publish);
-        assert!(
-            text.contains("x/a/1") && text.contains("retain: false"),
-            "{text}"
-        );
+        assert_eq!(carried.rule, 1);
+        let expected = Packet {
+            qos: Qos::AtMostOnce,
+            retain: false,
+            ..packet(b"x/a/1", vec![OWN.into()])
+        };
+        assert_eq!(carried.packet, expected);
         let carried = inward(&rules(), OWN, packet(b"b/1", vec!["other".into()])).unwrap();
-        assert_eq!((carried.rule, carried.qos), (2, Qos::AtLeastOnce));
-        let text = format!("{:?}", carried.publish);
-        assert!(text.contains("retain: true"), "{text}");
-        assert!(
-            text.contains(&format!("hops: [\"other\", {OWN:?}]")),
-            "{text}"
-        );
+        assert_eq!(carried.rule, 2);
+        let expected = Packet {
+            qos: Qos::AtLeastOnce,
+            ..packet(b"x/b/1", vec!["other".into(), OWN.into()])
+        };
+        assert_eq!(carried.packet, expected);
     }
 
     #[test]

@@ -1,44 +1,44 @@
 //! One connection to a remote, the same for MQTT 3.1.1 and MQTT 5: requests go in, events come out.
 //!
-//! rumqttc's event loop cannot be interrupted between two awaits and must not wait for whoever feeds
-//! it, so it runs in a task of its own, and requests are only ever tried, never awaited. Each
-//! connection has a new event loop: what an old one still held would otherwise be sent behind the
-//! bridge's back, or forgotten without a word when the remote has no session. The bridge's own
-//! [`Outbox`](crate::outbox::Outbox) decides what is sent again.
+//! rumqttc's codec reads and writes the packets; its event loop is not used. That loop chooses packet
+//! ids itself and answers PUBREL before the application hears of it, and exactly once needs both in the
+//! hands of whoever owns the journal. Reading and writing are tasks of their own, so that neither waits
+//! for the other, and requests are only ever tried, so that the bridge waits for neither.
 
 use std::path::Path;
 use std::time::Duration;
 
-use bytes::Bytes;
-use rumqttc::v5::mqttbytes::v5 as v5packet;
-use rumqttc::{Outgoing, TlsConfiguration, Transport, v5};
+use bytes::{Bytes, BytesMut};
+use rustls::pki_types::ServerName;
 use selvedge_certs::{Credentials, ServerIdentity, TrustAnchors, tcp_client_config};
-use selvedge_proto::message::{Properties, Qos};
+use selvedge_proto::message::Qos;
 use selvedge_proto::topic::TopicFilter;
-use tokio::sync::mpsc;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{RemoteConfig, RemoteTls};
 use crate::forward::Packet;
-use crate::mapping::Version;
-use crate::properties::{from_remote, to_remote};
+use codec::Codec;
 
-/// QoS 1 messages that may be unacknowledged in either direction: enough to fill a long link, and few
-/// enough to send again after a reconnect.
-pub(crate) const WINDOW: u16 = 64;
+mod codec;
 
-/// Requests that may wait for the event loop. Twice the window holds every publish and, from a remote
-/// that keeps to the window, every acknowledgement; a full queue only makes the caller try again
-/// after the next event.
+/// QoS 1 and 2 messages that may be unacknowledged in either direction: enough to fill a long link
+/// while each waits for two disks, and few enough to send again after a reconnect.
+pub(crate) const WINDOW: u16 = 256;
+
+/// Packets that may wait for the network. Twice the window holds every publish and, from a remote
+/// that keeps to the window, every acknowledgement; when it is full the bridge tries again once there
+/// is room.
 const REQUESTS: usize = 2 * WINDOW as usize + 8;
 
-/// Events that may wait for the bridge. Few, since each may hold a message; when it is full the event
-/// loop reads no more from the remote.
+/// Events that may wait for the bridge. Few, since each may hold a message; when it is full nothing
+/// more is read from the remote.
 const EVENTS: usize = 16;
 
-/// Packet ids that rumqttc cycles through. Far more than the window, so that an id is free again
-/// even when the remote acknowledges out of order.
-const PACKET_IDS: u16 = 1024;
+/// Bytes written at once.
+const WRITE: usize = 64 * 1024;
 
 /// How long TCP, TLS and the MQTT handshake may take together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,7 +48,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct Limits {
     /// It has kept the session.
     pub(crate) session_present: bool,
-    /// QoS 1 messages it takes before it acknowledges.
+    /// QoS 1 and 2 messages it takes before it acknowledges.
     pub(crate) receive_maximum: u16,
     /// The largest packet it takes, in bytes.
     pub(crate) packet_bytes: usize,
@@ -69,13 +69,15 @@ pub(crate) enum Event {
     Subscribed(Vec<Result<(), String>>),
     /// A message; it wants an acknowledgement unless it is of QoS 0.
     Message(Box<Incoming>),
-    /// The oldest request to publish was sent under this packet id.
-    Sent(u16),
-    /// The remote has answered for a packet id, perhaps with a refusal.
-    Answered(u16, Result<(), Refusal>),
-    /// The goodbye is sent.
-    Disconnected,
-    /// A sign of life, and perhaps room for a request.
+    /// The remote has answered for a QoS 1 message, perhaps with a refusal.
+    Acknowledged(u16, Result<(), Refusal>),
+    /// The remote has received a QoS 2 message, or refused it.
+    Received(u16, Result<(), Refusal>),
+    /// The remote releases a QoS 2 message of its own: it will not send it again.
+    Released(u16),
+    /// The remote has forgotten the id of a QoS 2 message.
+    Completed(u16),
+    /// A sign of life.
     Alive,
     /// The connection is over.
     Closed(String),
@@ -91,8 +93,8 @@ pub(crate) struct Incoming {
 /// What an acknowledgement needs. It is valid on the connection that the message came by.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Receipt {
-    packet_id: u16,
-    qos: Qos,
+    pub(crate) packet_id: u16,
+    pub(crate) qos: Qos,
 }
 
 /// Why the remote did not take a message.
@@ -112,27 +114,42 @@ pub(crate) enum LinkError {
     /// They do not make a TLS configuration.
     #[error(transparent)]
     Tls(#[from] selvedge_certs::TlsError),
+    /// The host is no name that a certificate can carry.
+    #[error("expected a host name that a certificate can carry, found {0:?}")]
+    Name(String),
     /// The password cannot be read.
     #[error("cannot read password_file: {0}")]
     Password(#[source] std::io::Error),
 }
 
-/// The sending half; its event loop ends with it.
+/// The sending half; the connection ends with it.
 #[derive(Debug)]
 pub(crate) struct Link {
-    requests: Requests,
-    _event_loop: AbortOnDropHandle<()>,
+    codec: Codec,
+    requests: mpsc::Sender<Request>,
+    keep_alive: watch::Sender<Duration>,
+    _reader: AbortOnDropHandle<()>,
 }
 
+/// What the writer is told.
 #[derive(Debug)]
-enum Requests {
-    V311(rumqttc::AsyncClient),
-    V5(v5::AsyncClient),
+enum Request {
+    Write(Bytes),
+    /// The last packet: the connection is closed after it.
+    Close(Bytes),
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tried {
+    /// It is on its way.
+    Taken,
+    /// There is no room: try again when [`Link::writable`] says so.
+    Full,
 }
 
 impl Link {
-    /// Starts to connect. Certificates and password are read anew, so a renewed one is used from the
-    /// next connection on.
+    /// Begins to connect; the first event says what came of it.
     pub(crate) async fn open(
         config: &RemoteConfig,
     ) -> Result<(Self, mpsc::Receiver<Event>), LinkError> {
@@ -140,125 +157,103 @@ impl Link {
             Some((user, file)) => Some((user.clone(), read_password(file).await?)),
             None => None,
         };
-        let transport = match &config.tls {
-            Some(tls) => Transport::tls_with_config(TlsConfiguration::Rustls(tls_config(tls)?)),
-            None => Transport::Tcp,
+        let tls = match &config.tls {
+            Some(tls) => {
+                let name = ServerName::try_from(config.host.clone())
+                    .map_err(|_| LinkError::Name(config.host.clone()))?;
+                Some((tls_config(tls)?, name))
+            }
+            None => None,
         };
         let (events, receiver) = mpsc::channel(EVENTS);
-        let (requests, event_loop) = match config.version {
-            Version::V311 => {
-                let options = options_v311(config, login, transport);
-                let (client, mut event_loop) = rumqttc::AsyncClient::new(options, REQUESTS);
-                event_loop.network_options.set_tcp_nodelay(true);
-                let timeout = CONNECT_TIMEOUT.as_secs();
-                event_loop.network_options.set_connection_timeout(timeout);
-                let max_packet = config.max_packet_bytes;
-                let drive = drive_v311(event_loop, max_packet, events);
-                (Requests::V311(client), tokio::spawn(drive))
-            }
-            Version::V5 => {
-                let options = options_v5(config, login, transport);
-                let (client, event_loop) = v5::AsyncClient::new(options, REQUESTS);
-                let max_packet = config.max_packet_bytes;
-                let drive = drive_v5(event_loop, max_packet, events);
-                (Requests::V5(client), tokio::spawn(drive))
-            }
+        let (requests, to_write) = mpsc::channel(REQUESTS);
+        let (keep_alive, pinged) = watch::channel(config.keep_alive);
+        let codec = Codec::new(config.version, config.max_packet_bytes);
+        let connect = codec.connect(config, login);
+        let address = match config.host.strip_prefix('[') {
+            Some(v6) => (v6.trim_end_matches(']').to_owned(), config.port),
+            None => (config.host.clone(), config.port),
         };
+        let drive = Drive {
+            codec,
+            events,
+            to_write,
+            pinged,
+        };
+        let reader = tokio::spawn(drive.run(address, tls, connect));
         let link = Self {
+            codec,
             requests,
-            _event_loop: AbortOnDropHandle::new(event_loop),
+            keep_alive,
+            _reader: AbortOnDropHandle::new(reader),
         };
         Ok((link, receiver))
     }
 
-    /// Asks for messages; `false` when the request must be tried again after the next event. One
-    /// request, so that there is one answer.
-    pub(crate) fn try_subscribe(&self, filters: &[(TopicFilter, Qos)], resumable: bool) -> bool {
-        let filters = filters.iter();
-        match &self.requests {
-            Requests::V311(client) => client
-                .try_subscribe_many(filters.map(|(filter, qos)| {
-                    rumqttc::SubscribeFilter::new(filter.to_string(), to_v311_qos(*qos))
-                }))
-                .is_ok(),
-            Requests::V5(client) => client
-                .try_subscribe_many(filters.map(|(filter, qos)| v5packet::Filter {
-                    // The remote does not send the bridge what the bridge published there.
-                    nolocal: true,
-                    // Or live messages would lose their retain flag on the way.
-                    preserve_retain: true,
-                    retain_forward_rule: match resumable {
-                        true => v5packet::RetainForwardRule::OnNewSubscribe,
-                        false => v5packet::RetainForwardRule::OnEverySubscribe,
-                    },
-                    ..v5packet::Filter::new(filter.to_string(), to_v5_qos(*qos))
-                }))
-                .is_ok(),
+    /// Probes an idle connection so often from now on.
+    pub(crate) fn set_keep_alive(&self, keep_alive: Duration) {
+        self.keep_alive.send_replace(keep_alive);
+    }
+
+    /// Asks for messages, all in one request.
+    pub(crate) fn try_subscribe(&self, filters: &[(TopicFilter, Qos)], resumable: bool) -> Tried {
+        self.request(self.codec.subscribe(filters, resumable))
+    }
+
+    /// A PUBLISH as it will be written: its length is what the remote's limit is about.
+    pub(crate) fn encode(
+        &self,
+        packet: &Packet,
+        packet_id: u16,
+        duplicate: bool,
+    ) -> Result<Bytes, String> {
+        self.codec.publish(packet, packet_id, duplicate)
+    }
+
+    /// Writes what [`Self::encode`] gave.
+    pub(crate) fn try_publish(&self, encoded: Bytes) -> Tried {
+        self.request(encoded)
+    }
+
+    /// Sends PUBACK or PUBREC.
+    pub(crate) fn try_ack(&self, receipt: Receipt) -> Tried {
+        self.request(self.codec.acknowledge(receipt))
+    }
+
+    /// Sends PUBREL.
+    pub(crate) fn try_release(&self, packet_id: u16) -> Tried {
+        self.request(self.codec.release(packet_id))
+    }
+
+    /// Sends PUBCOMP.
+    pub(crate) fn try_complete(&self, packet_id: u16) -> Tried {
+        self.request(self.codec.complete(packet_id))
+    }
+
+    /// Says goodbye after everything requested so far.
+    pub(crate) fn try_disconnect(&self) -> Tried {
+        match self
+            .requests
+            .try_send(Request::Close(self.codec.disconnect()))
+        {
+            Err(mpsc::error::TrySendError::Full(_)) => Tried::Full,
+            _ => Tried::Taken,
         }
     }
 
-    /// Publishes; `false` when the request must be tried again after the next event.
-    pub(crate) fn try_publish(&self, packet: &Packet) -> bool {
-        // The topic is one of the bridge's own, which are text.
-        let topic = String::from_utf8_lossy(&packet.topic).into_owned();
-        match &self.requests {
-            Requests::V311(client) => {
-                let qos = to_v311_qos(packet.qos);
-                let payload = packet.payload.to_vec();
-                client
-                    .try_publish(topic, qos, packet.retain, payload)
-                    .is_ok()
-            }
-            Requests::V5(client) => client
-                .try_publish_with_properties(
-                    topic,
-                    to_v5_qos(packet.qos),
-                    packet.retain,
-                    packet.payload.clone(),
-                    to_remote(&packet.properties),
-                )
-                .is_ok(),
+    /// Returns when there is room for a request.
+    pub(crate) async fn writable(&self) {
+        if self.requests.reserve().await.is_err() {
+            // The connection is over, which is an event.
+            std::future::pending::<()>().await;
         }
     }
 
-    /// Acknowledges; `false` when the request must be tried again after the next event.
-    pub(crate) fn try_ack(&self, receipt: Receipt) -> bool {
-        match &self.requests {
-            Requests::V311(client) => {
-                let mut publish = rumqttc::Publish::new("", to_v311_qos(receipt.qos), Vec::new());
-                publish.pkid = receipt.packet_id;
-                client.try_ack(&publish).is_ok()
-            }
-            Requests::V5(client) => {
-                let qos = to_v5_qos(receipt.qos);
-                let mut publish = v5packet::Publish::new("", qos, Bytes::new(), None);
-                publish.pkid = receipt.packet_id;
-                client.try_ack(&publish).is_ok()
-            }
-        }
-    }
-
-    /// Says goodbye after everything requested so far; `false` when it must be tried again after the
-    /// next event.
-    pub(crate) fn try_disconnect(&self) -> bool {
-        match &self.requests {
-            Requests::V311(client) => client.try_disconnect().is_ok(),
-            Requests::V5(client) => client.try_disconnect().is_ok(),
-        }
-    }
-
-    /// Bytes of the packet that would carry this message.
-    pub(crate) fn packet_bytes(&self, packet: &Packet) -> usize {
-        match &self.requests {
-            // Fixed header of at most 5, length of the topic, packet id.
-            Requests::V311(_) => 9 + packet.topic.len() + packet.payload.len(),
-            Requests::V5(_) => {
-                let topic = String::from_utf8_lossy(&packet.topic);
-                let properties = Some(to_remote(&packet.properties));
-                let payload = packet.payload.clone();
-                let qos = to_v5_qos(packet.qos);
-                v5packet::Publish::new(topic, qos, payload, properties).size()
-            }
+    fn request(&self, packet: Bytes) -> Tried {
+        match self.requests.try_send(Request::Write(packet)) {
+            Err(mpsc::error::TrySendError::Full(_)) => Tried::Full,
+            // After the end of the connection nothing is written, and the event says so.
+            _ => Tried::Taken,
         }
     }
 }
@@ -292,226 +287,179 @@ fn tls_config(tls: &RemoteTls) -> Result<std::sync::Arc<rustls::ClientConfig>, L
     )?)
 }
 
-fn options_v311(
-    config: &RemoteConfig,
-    login: Option<(String, String)>,
-    transport: Transport,
-) -> rumqttc::MqttOptions {
-    let mut options = rumqttc::MqttOptions::new(&config.client_id, &config.host, config.port);
-    options
-        .set_transport(transport)
-        .set_keep_alive(config.keep_alive)
-        .set_clean_session(config.clean_session)
-        .set_max_packet_size(config.max_packet_bytes, config.max_packet_bytes)
-        .set_inflight(PACKET_IDS)
-        .set_manual_acks(true);
-    if let Some((user, password)) = login {
-        options.set_credentials(user, password);
-    }
-    options
-}
-
-fn options_v5(
-    config: &RemoteConfig,
-    login: Option<(String, String)>,
-    transport: Transport,
-) -> v5::MqttOptions {
-    let mut network = rumqttc::NetworkOptions::new();
-    network.set_tcp_nodelay(true);
-    let timeout = CONNECT_TIMEOUT.as_secs();
-    network.set_connection_timeout(timeout);
-    let expiry = match config.clean_session {
-        true => 0,
-        false => u32::try_from(config.session_expiry.as_secs()).unwrap_or(u32::MAX),
-    };
-    let max_packet = u32::try_from(config.max_packet_bytes).unwrap_or(u32::MAX);
-    let mut options = v5::MqttOptions::new(&config.client_id, &config.host, config.port);
-    options
-        .set_transport(transport)
-        .set_keep_alive(config.keep_alive)
-        .set_clean_start(config.clean_session)
-        .set_session_expiry_interval(Some(expiry))
-        .set_receive_maximum(Some(WINDOW))
-        .set_max_packet_size(Some(max_packet))
-        .set_network_options(network)
-        .set_connection_timeout(timeout)
-        .set_outgoing_inflight_upper_limit(PACKET_IDS)
-        .set_manual_acks(true);
-    if let Some((user, password)) = login {
-        options.set_credentials(user, password);
-    }
-    options
-}
-
-async fn drive_v311(
-    mut event_loop: rumqttc::EventLoop,
-    max_packet: usize,
+/// The reading task, which makes the connection and starts the writing one.
+struct Drive {
+    codec: Codec,
     events: mpsc::Sender<Event>,
-) {
-    loop {
-        let event = match event_loop.poll().await {
-            Ok(rumqttc::Event::Incoming(packet)) => translate_v311(packet, max_packet),
-            Ok(rumqttc::Event::Outgoing(outgoing)) => translate_outgoing(&outgoing),
-            Err(error) => Event::Closed(error.to_string()),
+    to_write: mpsc::Receiver<Request>,
+    pinged: watch::Receiver<Duration>,
+}
+
+type Tls = (std::sync::Arc<rustls::ClientConfig>, ServerName<'static>);
+
+impl Drive {
+    async fn run(self, address: (String, u16), tls: Option<Tls>, connect: Bytes) {
+        let events = self.events.clone();
+        let until = tokio::time::Instant::now() + CONNECT_TIMEOUT;
+        let opened = tokio::time::timeout_at(until, async {
+            let stream = TcpStream::connect((&*address.0, address.1)).await?;
+            stream.set_nodelay(true)?;
+            std::io::Result::Ok(stream)
+        });
+        let reason = match opened.await {
+            Err(_) => format!("no answer within {CONNECT_TIMEOUT:?}"),
+            Ok(Err(error)) => format!("cannot connect: {error}"),
+            Ok(Ok(stream)) => match tls {
+                None => self.converse(stream, connect, until).await,
+                Some((config, name)) => {
+                    let connector = tokio_rustls::TlsConnector::from(config);
+                    let handshake = connector.connect(name, stream);
+                    match tokio::time::timeout_at(until, handshake).await {
+                        Err(_) => format!("no TLS answer within {CONNECT_TIMEOUT:?}"),
+                        Ok(Err(error)) => format!("TLS: {error}"),
+                        Ok(Ok(stream)) => self.converse(stream, connect, until).await,
+                    }
+                }
+            },
         };
-        let last = matches!(event, Event::Closed(_) | Event::Disconnected);
-        if events.send(event).await.is_err() || last {
-            return;
-        }
+        // Nobody listens when the bridge has let go of the connection.
+        let _ = events.send(Event::Closed(reason)).await;
     }
-}
 
-async fn drive_v5(mut event_loop: v5::EventLoop, max_packet: usize, events: mpsc::Sender<Event>) {
-    loop {
-        let event = match event_loop.poll().await {
-            Ok(v5::Event::Incoming(packet)) => translate_v5(packet, max_packet),
-            Ok(v5::Event::Outgoing(outgoing)) => translate_outgoing(&outgoing),
-            Err(error) => Event::Closed(error.to_string()),
+    /// Reads until the connection ends, and says why.
+    async fn converse<S>(self, stream: S, connect: Bytes, until: tokio::time::Instant) -> String
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let Self {
+            codec,
+            events,
+            to_write,
+            pinged,
+        } = self;
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let greeted = async {
+            writer.write_all(&connect).await?;
+            writer.flush().await
         };
-        let last = matches!(event, Event::Closed(_) | Event::Disconnected);
-        if events.send(event).await.is_err() || last {
-            return;
+        match tokio::time::timeout_at(until, greeted).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return format!("cannot send: {error}"),
+            Err(_) => return format!("no answer within {CONNECT_TIMEOUT:?}"),
         }
-    }
-}
-
-fn translate_outgoing(outgoing: &Outgoing) -> Event {
-    match outgoing {
-        Outgoing::Publish(packet_id) => Event::Sent(*packet_id),
-        Outgoing::Disconnect => Event::Disconnected,
-        // A packet id in use (`AwaitAck`) holds its message back; `Publish` follows when it is free.
-        _ => Event::Alive,
-    }
-}
-
-fn translate_v311(packet: rumqttc::Packet, max_packet: usize) -> Event {
-    match packet {
-        rumqttc::Packet::ConnAck(connack) => Event::Connected(Limits {
-            session_present: connack.session_present,
-            receive_maximum: u16::MAX,
-            packet_bytes: max_packet,
-            qos: Qos::ExactlyOnce,
-            retain: true,
-            keep_alive: None,
-        }),
-        rumqttc::Packet::SubAck(suback) => {
-            let codes = suback.return_codes.into_iter();
-            let granted = codes.map(|code| match code {
-                rumqttc::SubscribeReasonCode::Success(_) => Ok(()),
-                rumqttc::SubscribeReasonCode::Failure => Err("0x80".to_owned()),
-            });
-            Event::Subscribed(granted.collect())
-        }
-        rumqttc::Packet::Publish(publish) => {
-            let qos = from_v311_qos(publish.qos);
-            Event::Message(Box::new(Incoming {
-                packet: Packet {
-                    topic: publish.topic.into(),
-                    payload: publish.payload,
-                    qos,
-                    retain: publish.retain,
-                    properties: Properties::default(),
-                },
-                receipt: Receipt {
-                    packet_id: publish.pkid,
-                    qos,
-                },
-            }))
-        }
-        rumqttc::Packet::PubAck(puback) => Event::Answered(puback.pkid, Ok(())),
-        _ => Event::Alive,
-    }
-}
-
-fn translate_v5(packet: v5packet::Packet, max_packet: usize) -> Event {
-    match packet {
-        v5packet::Packet::ConnAck(connack) => {
-            let given = connack.properties.as_ref();
-            let packet_bytes = given.and_then(|given| given.max_packet_size);
-            let packet_bytes = packet_bytes.and_then(|bytes| usize::try_from(bytes).ok());
-            let qos = given.and_then(|given| given.max_qos);
-            let keep_alive = given.and_then(|given| given.server_keep_alive);
-            Event::Connected(Limits {
-                session_present: connack.session_present,
-                receive_maximum: given
-                    .and_then(|given| given.receive_max)
-                    .unwrap_or(u16::MAX),
-                packet_bytes: packet_bytes.map_or(max_packet, |bytes| bytes.min(max_packet)),
-                qos: qos
-                    .and_then(|qos| Qos::try_from(qos).ok())
-                    .unwrap_or(Qos::ExactlyOnce),
-                retain: given.and_then(|given| given.retain_available) != Some(0),
-                keep_alive: keep_alive.map(|seconds| Duration::from_secs(seconds.into())),
-            })
-        }
-        v5packet::Packet::SubAck(suback) => {
-            let codes = suback.return_codes.into_iter();
-            let granted = codes.map(|code| match code {
-                v5packet::SubscribeReasonCode::Success(_) => Ok(()),
-                refusal => Err(format!("{refusal:?}")),
-            });
-            Event::Subscribed(granted.collect())
-        }
-        v5packet::Packet::Publish(publish) => {
-            let qos = from_v5_qos(publish.qos);
-            Event::Message(Box::new(Incoming {
-                packet: Packet {
-                    topic: publish.topic,
-                    payload: publish.payload,
-                    qos,
-                    retain: publish.retain,
-                    properties: publish.properties.map(from_remote).unwrap_or_default(),
-                },
-                receipt: Receipt {
-                    packet_id: publish.pkid,
-                    qos,
-                },
-            }))
-        }
-        v5packet::Packet::PubAck(puback) => {
-            use v5packet::PubAckReason as Reason;
-            let outcome = match puback.reason {
-                Reason::Success | Reason::NoMatchingSubscribers => Ok(()),
-                reason => Err(Refusal {
-                    passing: reason == Reason::QuotaExceeded,
-                    reason: format!("{reason:?}"),
-                }),
+        let mut to_write = Some((writer, to_write, pinged));
+        let mut writing = None;
+        let mut received = BytesMut::with_capacity(8 * 1024);
+        loop {
+            match codec.decode(&mut received) {
+                Ok(Some(event)) => {
+                    if matches!(event, Event::Connected(_)) {
+                        // Nothing may be sent before the remote has accepted.
+                        let Some((writer, requests, pinged)) = to_write.take() else {
+                            return "the remote accepted the connection twice".to_owned();
+                        };
+                        let write = write(codec, writer, requests, pinged);
+                        writing = Some(AbortOnDropHandle::new(tokio::spawn(write)));
+                    } else if to_write.is_some() {
+                        return "expected CONNACK first, found another packet".to_owned();
+                    }
+                    if events.send(event).await.is_err() {
+                        return String::new();
+                    }
+                    continue;
+                }
+                Ok(None) => {}
+                Err(reason) => return reason,
+            }
+            let read = reader.read_buf(&mut received);
+            let read = async {
+                match to_write {
+                    Some(_) => tokio::time::timeout_at(until, read)
+                        .await
+                        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())),
+                    None => read.await,
+                }
             };
-            Event::Answered(puback.pkid, outcome)
+            let ended = async {
+                match &mut writing {
+                    Some(writing) => writing.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                read = read => match read {
+                    Ok(0) => return "the remote closed the connection".to_owned(),
+                    Ok(_) => {}
+                    Err(error) => return format!("cannot receive: {error}"),
+                },
+                ended = ended => return match ended {
+                    Ok(Ok(())) => "the bridge said goodbye".to_owned(),
+                    Ok(Err(error)) => {
+                        // What the remote said last tells more than that it no longer listens.
+                        match tokio::time::timeout(Duration::from_millis(200), reader.read_buf(&mut received)).await {
+                            Ok(Err(last)) => format!("cannot receive: {last}"),
+                            _ => format!("cannot send: {error}"),
+                        }
+                    }
+                    Err(_) => "the writing task has ended".to_owned(),
+                },
+            }
         }
-        _ => Event::Alive,
     }
 }
 
-fn to_v311_qos(qos: Qos) -> rumqttc::QoS {
-    match qos {
-        Qos::AtMostOnce => rumqttc::QoS::AtMostOnce,
-        Qos::AtLeastOnce => rumqttc::QoS::AtLeastOnce,
-        Qos::ExactlyOnce => rumqttc::QoS::ExactlyOnce,
-    }
-}
-
-fn from_v311_qos(qos: rumqttc::QoS) -> Qos {
-    match qos {
-        rumqttc::QoS::AtMostOnce => Qos::AtMostOnce,
-        rumqttc::QoS::AtLeastOnce => Qos::AtLeastOnce,
-        rumqttc::QoS::ExactlyOnce => Qos::ExactlyOnce,
-    }
-}
-
-fn to_v5_qos(qos: Qos) -> v5::mqttbytes::QoS {
-    match qos {
-        Qos::AtMostOnce => v5::mqttbytes::QoS::AtMostOnce,
-        Qos::AtLeastOnce => v5::mqttbytes::QoS::AtLeastOnce,
-        Qos::ExactlyOnce => v5::mqttbytes::QoS::ExactlyOnce,
-    }
-}
-
-fn from_v5_qos(qos: v5::mqttbytes::QoS) -> Qos {
-    match qos {
-        v5::mqttbytes::QoS::AtMostOnce => Qos::AtMostOnce,
-        v5::mqttbytes::QoS::AtLeastOnce => Qos::AtLeastOnce,
-        v5::mqttbytes::QoS::ExactlyOnce => Qos::ExactlyOnce,
+/// Writes what is asked for, and a ping when the keep-alive says so.
+async fn write<W: AsyncWrite + Unpin>(
+    codec: Codec,
+    mut writer: W,
+    mut requests: mpsc::Receiver<Request>,
+    mut pinged: watch::Receiver<Duration>,
+) -> std::io::Result<()> {
+    let mut buffer = BytesMut::new();
+    // Also while other packets go out: the answer to it is the sign of life that is waited for.
+    let early = |keep_alive: Duration| keep_alive.mul_f64(0.75);
+    let mut next_ping = tokio::time::Instant::now() + early(*pinged.borrow_and_update());
+    loop {
+        let mut close = false;
+        tokio::select! {
+            request = requests.recv() => match request {
+                Some(Request::Write(packet)) => buffer.extend_from_slice(&packet),
+                Some(Request::Close(packet)) => {
+                    buffer.extend_from_slice(&packet);
+                    close = true;
+                }
+                None => return Ok(()),
+            },
+            () = tokio::time::sleep_until(next_ping) => {
+                buffer.extend_from_slice(&codec.ping());
+                next_ping = tokio::time::Instant::now() + early(*pinged.borrow());
+            }
+            Ok(()) = pinged.changed() => {
+                next_ping = tokio::time::Instant::now() + early(*pinged.borrow_and_update());
+                continue;
+            }
+        }
+        while !close
+            && buffer.len() < WRITE
+            && let Ok(request) = requests.try_recv()
+        {
+            let (packet, last) = match request {
+                Request::Write(packet) => (packet, false),
+                Request::Close(packet) => (packet, true),
+            };
+            buffer.extend_from_slice(&packet);
+            close = last;
+        }
+        writer.write_all(&buffer).await?;
+        writer.flush().await?;
+        buffer.clear();
+        if buffer.capacity() > 4 * WRITE {
+            // One large message is not to cost its size for ever.
+            buffer = BytesMut::new();
+        }
+        if close {
+            return writer.shutdown().await;
+        }
     }
 }
 

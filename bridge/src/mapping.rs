@@ -123,7 +123,7 @@ pub struct Rule {
     local_prefix: Box<str>,
     remote_filter: TopicFilter,
     local_filter: TopicFilter,
-    /// The best quality of service that messages are carried with: 0 or 1.
+    /// The best quality of service that messages are carried with.
     pub qos_cap: Qos,
     /// What becomes of the retain flag.
     pub retain: Retain,

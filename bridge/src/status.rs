@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::mapping::Rule;
 use crate::properties::HopRefusal;
+use crate::spool::QueueStatus;
 
 /// Why a message was not carried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,6 +80,12 @@ pub struct RemoteStatus {
     pub last_error: Option<String>,
     /// Messages that were not carried and belong to no rule.
     pub dropped: BTreeMap<DropReason, u64>,
+    /// Messages on their way to the fabric.
+    pub inward: QueueStatus,
+    /// Messages on their way to the remote.
+    pub outward: QueueStatus,
+    /// What is wrong with the bridge's own disk, while something is: nothing is acknowledged then.
+    pub store_error: Option<String>,
     /// The rules, in the order of the configuration.
     pub rules: Vec<RuleStatus>,
 }
@@ -94,9 +101,12 @@ pub struct RuleStatus {
     pub forwarded_out: u64,
     /// Messages that were not carried.
     pub dropped: BTreeMap<DropReason, u64>,
+    /// Messages that one side or the other delivered again and that were known: they were not
+    /// carried twice.
+    pub repeated: u64,
     /// Messages on their way, not yet acknowledged by the other side.
-    pub in_flight: usize,
-    /// How long the oldest of them has been on its way; zero when there is none.
+    pub in_flight: u64,
+    /// How long the oldest of them has been on its way, in both directions; zero when there is none.
     pub lag: Duration,
     /// The latest thing that went wrong.
     pub last_error: Option<String>,
@@ -119,7 +129,6 @@ struct State {
     connections: u64,
     last_error: Option<String>,
     dropped: BTreeMap<DropReason, u64>,
-    next_id: u64,
     rules: Vec<RuleState>,
 }
 
@@ -129,8 +138,7 @@ struct RuleState {
     forwarded_in: u64,
     forwarded_out: u64,
     dropped: BTreeMap<DropReason, u64>,
-    /// When each message on its way set out; ids rise, so the first is the oldest.
-    in_flight: BTreeMap<u64, Instant>,
+    repeated: u64,
     last_error: Option<String>,
 }
 
@@ -157,17 +165,20 @@ impl Record {
         }))
     }
 
-    pub(crate) fn snapshot(&self, fabric_connected: bool) -> RemoteStatus {
-        let now = Instant::now();
+    /// What is known here; the caller adds what queues and the fabric's client know.
+    pub(crate) fn snapshot(&self) -> RemoteStatus {
         let ready = *self.0.ready.borrow();
         self.with(|state| RemoteStatus {
             name: self.0.name.clone(),
             connected: state.connected,
-            fabric_connected,
+            fabric_connected: false,
             ready,
             connections: state.connections,
             last_error: state.last_error.clone(),
             dropped: state.dropped.clone(),
+            inward: QueueStatus::default(),
+            outward: QueueStatus::default(),
+            store_error: None,
             rules: state
                 .rules
                 .iter()
@@ -176,13 +187,9 @@ impl Record {
                     forwarded_in: rule.forwarded_in,
                     forwarded_out: rule.forwarded_out,
                     dropped: rule.dropped.clone(),
-                    in_flight: rule.in_flight.len(),
-                    lag: rule
-                        .in_flight
-                        .first_key_value()
-                        .map_or(Duration::ZERO, |(_, since)| {
-                            now.saturating_duration_since(*since)
-                        }),
+                    repeated: rule.repeated,
+                    in_flight: 0,
+                    lag: Duration::ZERO,
                     last_error: rule.last_error.clone(),
                 })
                 .collect(),
@@ -241,21 +248,9 @@ impl Record {
         });
     }
 
-    /// Counts a message as on its way until the guard is dropped.
-    pub(crate) fn set_out(&self, rule: usize) -> InFlight {
-        let id = self.with(|state| {
-            let id = state.next_id;
-            state.next_id += 1;
-            if let Some(rule) = state.rules.get_mut(rule) {
-                rule.in_flight.insert(id, Instant::now());
-            }
-            id
-        });
-        InFlight {
-            record: self.clone(),
-            rule,
-            id,
-        }
+    /// Counts a message that came again and was known.
+    pub(crate) fn repeated(&self, rule: usize) {
+        self.rule(rule, |rule| rule.repeated += 1);
     }
 
     fn rule(&self, rule: usize, change: impl FnOnce(&mut RuleState)) {
@@ -273,23 +268,6 @@ impl Record {
     }
 }
 
-/// A message on its way, as lag and in-flight figures count it.
-#[derive(Debug)]
-pub(crate) struct InFlight {
-    record: Record,
-    rule: usize,
-    id: u64,
-}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        let id = self.id;
-        self.record.rule(self.rule, |rule| {
-            rule.in_flight.remove(&id);
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -301,21 +279,16 @@ mod tests {
     fn figures_follow_the_messages() {
         let rules = [Rule::new(Direction::Both, "#", "a/", "b/").unwrap()];
         let record = Record::new("plant", &rules);
-        let first = record.set_out(0);
-        let second = record.set_out(0);
-        assert_eq!(record.snapshot(true).rules[0].in_flight, 2);
-        drop(first);
         record.forwarded(0, Way::In);
+        record.repeated(0);
         record.dropped(Some(0), DropReason::Loop, None);
         record.dropped(None, DropReason::Unmapped, Some("why".into()));
-        let status = record.snapshot(true);
-        assert_eq!(status.rules[0].in_flight, 1);
+        let status = record.snapshot();
+        assert_eq!(status.rules[0].repeated, 1);
         assert_eq!(status.rules[0].forwarded_in, 1);
         assert_eq!(status.rules[0].forwarded_out, 0);
         assert_eq!(status.rules[0].dropped[&DropReason::Loop], 1);
         assert_eq!(status.dropped[&DropReason::Unmapped], 1);
         assert_eq!(status.last_error.as_deref(), Some("why"));
-        drop(second);
-        assert_eq!(record.snapshot(true).rules[0].lag, Duration::ZERO);
     }
 }

@@ -114,7 +114,7 @@ username = "u"
 [[remote.rule]]
 direction = "up"
 filter = "a"
-qos = 2
+qos = 3
 [[remote.rule]]
 direction = "in"
 filter = "a/#"
@@ -129,7 +129,7 @@ local_prefix = "x"
         r#"remote "a b": url: expected mqtt://host:port or mqtts://host:port, found "http""#,
         r#"remote "a b": username: expected username and password_file together"#,
         r#"remote "a b": rule 1: direction: expected "in", "out" or "both", found "up""#,
-        r#"remote "a b": rule 1: qos: expected 0 or 1"#,
+        r#"remote "a b": rule 1: qos: expected 0, 1 or 2, found 3"#,
         r#"remote "a b": rule 2: filter: expected local_prefix to be empty or to end with `/`"#,
         r#"remote "a b": keep_alvie: expected one of name, url"#,
     ];
@@ -208,7 +208,7 @@ fn missing_tables_and_names_used_twice_are_reported() {
         [
             "fabric: expected a table, found no such key; add it",
             "remote: expected an array of tables, [[remote]], found no such key; add it",
-            "fabirc: expected one of fabric, remote, found this key; remove or correct it",
+            "fabirc: expected one of fabric, store, admin, remote, found this key; remove or correct it",
         ]
     );
     let none = BridgeConfig::parse(&format!("remote = []\n{FABRIC}"), files().path());
@@ -225,4 +225,34 @@ fn missing_tables_and_names_used_twice_are_reported() {
         found,
         ["remote \"r\": expected a name of its own, found it twice; rename one"]
     );
+}
+
+#[test]
+fn exactly_once_needs_three_that_remember() {
+    let remote = |more: &str| {
+        format!(
+            "[[remote]]\nname = \"plant\"\nurl = \"mqtt://plant\"\nclient_id = \"b\"\n{more}\
+             [[remote.rule]]\ndirection = \"in\"\nfilter = \"#\"\nlocal_prefix = \"p/\"\nqos = 2\n"
+        )
+    };
+    let found = problems(&remote("clean_session = true\n"));
+    assert_eq!(found.len(), 3, "{found:?}");
+    for (problem, missing) in found
+        .iter()
+        .zip(["[store]", "fabric.session", "clean_session"])
+    {
+        let start = format!("remote \"plant\": rule 1: qos: expected {missing}");
+        assert!(problem.starts_with(&start), "{problem}");
+    }
+    let dir = files();
+    let text = format!(
+        "{FABRIC}session = \"bridge\"\n[store]\nfolder = \"store\"\n\
+         [admin]\nlisten = \"127.0.0.1:9464\"\n{}",
+        remote("disk_bytes = 100000\n")
+    );
+    let config = BridgeConfig::parse(&text, dir.path()).unwrap();
+    assert_eq!(config.store, Some(dir.path().join("store")));
+    assert_eq!(config.admin, Some(([127, 0, 0, 1], 9464).into()));
+    assert_eq!(config.remotes[0].disk_bytes, 100_000);
+    assert_eq!(config.remotes[0].rules[0].qos_cap, Qos::ExactlyOnce);
 }

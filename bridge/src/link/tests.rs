@@ -4,10 +4,11 @@
 use std::fmt::Write as _;
 
 use selvedge_certs::{Authority, IssueRequest};
+use selvedge_proto::message::Properties;
 use tokio::time::timeout;
 
 use super::*;
-use crate::mapping::{Direction, Rule};
+use crate::mapping::{Direction, Rule, Version};
 use mosquitto::Mosquitto;
 
 mod mosquitto;
@@ -29,6 +30,7 @@ fn config(port: u16, client_id: &str, version: Version) -> RemoteConfig {
         reconnect_max: Duration::from_secs(1),
         max_packet_bytes: 1 << 20,
         outbox_bytes: 1 << 20,
+        disk_bytes: 1 << 20,
         rules: vec![Rule::new(Direction::In, "#", "", "").unwrap()],
     }
 }
@@ -68,10 +70,10 @@ impl Peer {
 
     async fn subscribe(&mut self, filter: &str) {
         let filter = TopicFilter::parse(filter).unwrap();
-        assert!(
-            self.link
-                .try_subscribe(&[(filter, Qos::AtLeastOnce)], false)
-        );
+        let tried = self
+            .link
+            .try_subscribe(&[(filter, Qos::ExactlyOnce)], false);
+        assert_eq!(tried, Tried::Taken);
         let event = self.next().await;
         assert!(
             matches!(&event, Event::Subscribed(granted) if granted[..] == [Ok(())]),
@@ -79,17 +81,16 @@ impl Peer {
         );
     }
 
+    fn send(&self, packet: &Packet, packet_id: u16, duplicate: bool) {
+        let encoded = self.link.encode(packet, packet_id, duplicate).unwrap();
+        assert_eq!(self.link.try_publish(encoded), Tried::Taken);
+    }
+
     /// Publishes and waits for the acknowledgement.
     async fn publish(&mut self, packet: &Packet) {
-        assert!(self.link.try_publish(packet));
-        let Event::Sent(packet_id) = self.next().await else {
-            panic!("expected the packet id");
-        };
+        self.send(packet, 7, false);
         let event = self.next().await;
-        assert!(
-            matches!(event, Event::Answered(id, Ok(())) if id == packet_id),
-            "{event:?}"
-        );
+        assert!(matches!(event, Event::Acknowledged(7, Ok(()))), "{event:?}");
     }
 
     async fn message(&mut self) -> Incoming {
@@ -101,9 +102,8 @@ impl Peer {
 
     /// Says goodbye; everything requested before it has been written.
     async fn disconnect(mut self) {
-        assert!(self.link.try_disconnect());
-        let event = self.next().await;
-        assert!(matches!(event, Event::Disconnected), "{event:?}");
+        assert_eq!(self.link.try_disconnect(), Tried::Taken);
+        while self.events.recv().await.is_some() {}
     }
 }
 
@@ -144,13 +144,13 @@ async fn what_is_not_acknowledged_is_sent_again_and_what_is_acknowledged_is_not(
         assert_eq!(first.packet, packet(&topic, "one"));
         assert_eq!(bridge.message().await.packet, packet(&topic, "two"));
         assert!(first.receipt.is_wanted());
-        assert!(bridge.link.try_ack(first.receipt));
+        assert_eq!(bridge.link.try_ack(first.receipt), Tried::Taken);
         bridge.disconnect().await;
 
         let mut bridge = Peer::connect(&config).await;
         let second = bridge.message().await;
         assert_eq!(second.packet, packet(&topic, "two"), "{version}");
-        assert!(bridge.link.try_ack(second.receipt));
+        assert_eq!(bridge.link.try_ack(second.receipt), Tried::Taken);
         publisher.publish(&packet(&topic, "three")).await;
         assert_eq!(bridge.message().await.packet, packet(&topic, "three"));
     }
@@ -196,15 +196,14 @@ async fn own_messages_come_back_with_version_3_1_1_only() {
         let id = format!("bridge-{version}");
         let mut bridge = Peer::connect(&config(mosquitto.port, &id, version)).await;
         bridge.subscribe("#").await;
-        assert!(bridge.link.try_publish(&packet("a", "own")));
-        let mut sent = None;
+        bridge.send(&packet("a", "own"), 1, false);
+        let mut acknowledged = false;
         let mut echoed = false;
         // The echo, if there is one, comes before the acknowledgement or just after it, and in any
         // case before what another publishes after that.
-        while sent != Some(true) {
+        while !acknowledged {
             match bridge.next().await {
-                Event::Sent(_) => sent = Some(false),
-                Event::Answered(..) => sent = Some(true),
+                Event::Acknowledged(..) => acknowledged = true,
                 Event::Message(_) => echoed = true,
                 event => panic!("{event:?}"),
             }
@@ -218,6 +217,74 @@ async fn own_messages_come_back_with_version_3_1_1_only() {
             echoed = true;
         }
         assert_eq!(echoed, echo, "{version}");
+    }
+}
+
+/// A message of QoS 2 that is sent again under its id, as after a lost connection, is one message; and
+/// one that the remote sends again under its id is told by it.
+#[tokio::test]
+async fn the_packet_id_of_qos_2_outlives_the_connection_both_ways() {
+    if !mosquitto::is_installed() {
+        return;
+    }
+    let mosquitto = Mosquitto::start("");
+    for (version, id) in [(Version::V311, "old"), (Version::V5, "new")] {
+        let (from, to) = (format!("{id}-from"), format!("{id}-to"));
+        let (from, to) = [&from, &to]
+            .map(|id| config(mosquitto.port, id, version))
+            .into();
+        let mut reader = Peer::connect(&to).await;
+        reader.subscribe(&format!("{id}/#")).await;
+        let sent = Packet {
+            qos: Qos::ExactlyOnce,
+            ..packet(&format!("{id}/t"), "once")
+        };
+
+        let mut sender = Peer::connect(&from).await;
+        sender.send(&sent, 7, false);
+        let event = sender.next().await;
+        assert!(matches!(event, Event::Received(7, Ok(()))), "{event:?}");
+        sender.disconnect().await;
+        let mut sender = Peer::connect(&from).await;
+        assert!(sender.limits.session_present);
+        sender.send(&sent, 7, true);
+        let event = sender.next().await;
+        assert!(matches!(event, Event::Received(7, Ok(()))), "{event:?}");
+        for _ in 0..2 {
+            // An id that is no longer known is as good as completed.
+            assert_eq!(sender.link.try_release(7), Tried::Taken);
+            let event = sender.next().await;
+            assert!(matches!(event, Event::Completed(7)), "{event:?}");
+        }
+
+        let first = reader.message().await;
+        assert_eq!(first.packet, sent);
+        reader.disconnect().await;
+        let mut reader = Peer::connect(&to).await;
+        let again = reader.message().await;
+        assert_eq!(again.packet, sent);
+        assert_eq!(again.receipt.packet_id, first.receipt.packet_id);
+        let packet_id = again.receipt.packet_id;
+        assert_eq!(reader.link.try_ack(again.receipt), Tried::Taken);
+        let event = reader.next().await;
+        assert!(
+            matches!(event, Event::Released(id) if id == packet_id),
+            "{event:?}"
+        );
+        reader.disconnect().await;
+        // Without PUBCOMP, PUBREL comes again.
+        let mut reader = Peer::connect(&to).await;
+        let event = reader.next().await;
+        assert!(
+            matches!(event, Event::Released(id) if id == packet_id),
+            "{event:?}"
+        );
+        assert_eq!(reader.link.try_complete(packet_id), Tried::Taken);
+        sender.send(&packet(&format!("{id}/t"), "next"), 8, false);
+        assert_eq!(
+            reader.message().await.packet,
+            packet(&format!("{id}/t"), "next")
+        );
     }
 }
 
@@ -268,20 +335,20 @@ async fn many_messages_keep_their_order_and_each_gets_its_answer() {
         let mut sender = Peer::connect(&config(mosquitto.port, "s", version)).await;
         let mut outbox = crate::outbox::Outbox::new();
         for number in 0..MESSAGES {
-            outbox.push(packet("a", &number.to_string()));
+            outbox.push(packet("a", &number.to_string()), 0, false);
         }
         // More messages than packet ids, so that ids are used again.
         let mut answered = Vec::new();
         while answered.len() < MESSAGES {
-            while let Some(message) = outbox.next(19) {
-                if !sender.link.try_publish(message) {
+            while let Some(next) = outbox.next(20) {
+                let encoded = sender.link.encode(next.item, next.packet_id, next.again);
+                if sender.link.try_publish(encoded.unwrap()) == Tried::Full {
                     break;
                 }
-                outbox.handed();
+                outbox.sent();
             }
             match sender.next().await {
-                Event::Sent(packet_id) => assert!(outbox.sent(packet_id).is_none()),
-                Event::Answered(packet_id, Ok(())) => {
+                Event::Acknowledged(packet_id, Ok(())) => {
                     answered.extend(outbox.answered(packet_id));
                 }
                 event => panic!("{event:?}"),
