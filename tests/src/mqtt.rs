@@ -12,6 +12,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::wait::within;
 
+pub mod wire;
+
 /// Events a peer has received and the test has not taken; a test that lets more pile up stalls its
 /// own peer, never the broker's other clients.
 const EVENT_QUEUE: usize = 1_024;
