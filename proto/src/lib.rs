@@ -4,6 +4,8 @@
 //! and values come out; nothing here opens a socket, reads a clock or blocks.
 
 pub mod datagram;
+#[cfg(feature = "open-inference")]
+pub mod elements;
 pub mod frame;
 pub mod inference;
 pub mod lane;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::io::Write as _;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use selvedge_proto::elements::{BytesElements, element_size, put_bytes_element};
 use selvedge_proto::inference::Tensor;
 use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -12,7 +13,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::request::{InferRequest, InferResponse, Invalid, Parameter, Wanted};
-use super::tensors::{BytesElements, check, element_size, put_bytes_element, refuse_unsupported};
+use super::tensors::{check, refuse_unsupported};
 
 #[cfg(test)]
 mod tests;

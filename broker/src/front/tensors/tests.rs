@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
+use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
@@ -106,12 +107,7 @@ fn typed_contents_become_little_endian_bytes() {
     );
     let mut half = input("FP16", &[1]);
     half.contents = Some(oip::InferTensorContents::default());
-    assert!(
-        request(half, &[])
-            .unwrap_err()
-            .0
-            .contains("use raw_input_contents")
-    );
+    assert!(request(half, &[]).unwrap_err().0.contains("send it raw"));
 }
 
 #[test]
