@@ -44,6 +44,12 @@ soak *args:
     cargo build --release -p selvedge-cli
     cargo run --release -p selvedge-tests --bin soak -- --broker {{ CARGO_TARGET_DIR }}/release/selvedge {{ args }}
 
+# Attack a bridge to mosquitto for ten minutes, or as the arguments say:
+# `just bridge-soak --seconds 120 --rate 1000 --qos 2 --json`. CI runs the short form, a test of the cli.
+bridge-soak *args:
+    cargo build --release -p selvedge-cli
+    cargo run --release -p selvedge-tests --bin bridge-soak -- --binary {{ CARGO_TARGET_DIR }}/release/selvedge {{ args }}
+
 # Everything CI runs, in its order
 ci:
     @bash .ci/run

@@ -65,8 +65,9 @@ pub(crate) struct Remote {
     outbox_bytes: usize,
     /// Packet ids that messages in the queue had in an earlier life of the bridge.
     old_ids: HashMap<u64, OutId>,
-    /// PUBRECs that are being put down: the packet ids that PUBREL may be sent for then.
-    releasing: FuturesUnordered<Wait<u16>>,
+    /// PUBRECs that are being put down: the packet ids that PUBREL may be sent for then. Ordered,
+    /// since a remote may deliver messages in the order of their PUBRELs.
+    releasing: FuturesOrdered<Wait<u16>>,
 
     inward: Spool<Arrived>,
     /// QoS 2 messages of the remote that it has not released: their numbers in the queue.
@@ -213,7 +214,7 @@ impl Remote {
             outbox,
             outbox_bytes: 0,
             old_ids: parts.handshakes.out_ids,
-            releasing: FuturesUnordered::new(),
+            releasing: FuturesOrdered::new(),
             inward: parts.inward,
             in_ids: parts.handshakes.in_ids,
             held: VecDeque::new(),
@@ -669,12 +670,12 @@ impl Remote {
                 let key = self.outward.place().key(Space::OutIds, number);
                 let record = OutId::new(packet_id, true).encode();
                 let committed = journal.commit(vec![Op::Put(key, record)]).await;
-                self.releasing.push(Box::pin(async move {
+                self.releasing.push_back(Box::pin(async move {
                     committed.await;
                     packet_id
                 }));
             }
-            _ => self.releasing.push(Box::pin(ready(packet_id))),
+            _ => self.releasing.push_back(Box::pin(ready(packet_id))),
         }
     }
 

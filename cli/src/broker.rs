@@ -8,6 +8,7 @@ use selvedge_broker::{Addresses, Config, ConfigErrors, Server};
 use serde_json::json;
 use tracing::{error, info};
 
+use crate::bridge;
 use crate::output::{self, Problems};
 use crate::signals::{Asked, Signals};
 
@@ -26,6 +27,9 @@ pub(crate) struct Args {
     /// The configuration.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Run a bridge with this configuration in the same process; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    bridge: Vec<PathBuf>,
     /// Check the configuration, name every problem, and start nothing.
     #[arg(long)]
     check: bool,
@@ -37,8 +41,13 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = load(&args.config)?;
+    let bridges = args.bridge.iter().map(|file| bridge::load(file));
+    let bridges = bridges.collect::<anyhow::Result<Vec<_>>>()?;
     if args.check {
         summary(&config, args.json)?;
+        for config in bridges.iter().filter(|_| !args.json) {
+            bridge::summary(config, args.json)?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let mut signals = Signals::listen()?;
@@ -46,12 +55,26 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         .await
         .context("start the broker")?;
     announce(&server.addresses());
+    let bridges = tokio::select! {
+        started = bridge::Beside::start(bridges) => match started {
+            Ok(bridges) => bridges,
+            Err(error) => {
+                server.shutdown().await;
+                return Err(error);
+            }
+        },
+        _ = signals.next() => {
+            signals.or_end_at_once(server.shutdown()).await;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let _ = output::line("ready");
 
     let failed = loop {
         let asked = tokio::select! {
             asked = signals.next_or_reload() => asked,
             () = server.join() => break true,
+            () = bridges.watch() => continue,
         };
         match asked {
             Asked::Stop => break false,
@@ -59,7 +82,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     };
     info!("stopping; a second signal ends the broker at once");
-    signals.or_end_at_once(server.shutdown()).await;
+    signals
+        .or_end_at_once(async {
+            bridges.shutdown().await;
+            server.shutdown().await;
+        })
+        .await;
     if failed {
         bail!("a listener ended by itself, so the broker stopped; its log says why");
     }

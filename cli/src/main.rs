@@ -160,7 +160,8 @@ impl Command {
             Self::Infer(args) => args.json,
             #[cfg(target_os = "linux")]
             Self::Bench(args) => args.json(),
-            Self::Dev(_) | Self::Bridge(_) | Self::Worker(_) | Self::Mqtt(_) | Self::Token(_) => {
+            Self::Bridge(args) => args.json,
+            Self::Dev(_) | Self::Worker(_) | Self::Mqtt(_) | Self::Token(_) => {
                 false
             }
         };

@@ -1,6 +1,8 @@
 //! The harness of Selvedge's integration tests: an authority, a broker, a bad network, a simulated
 //! network, and clients of other makes, each made anew by every test.
 
+#[cfg(target_os = "linux")]
+pub mod bridging;
 pub mod broker;
 #[cfg(target_os = "linux")]
 pub mod checker;

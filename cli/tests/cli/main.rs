@@ -3,6 +3,8 @@
 
 #[cfg(target_os = "linux")]
 mod bench;
+#[cfg(target_os = "linux")]
+mod bridge_soak;
 mod certs;
 mod config;
 mod crash;
