@@ -1,5 +1,6 @@
 //! Calls: from the caller's stream to a responder's and back, with deadline and cancellation.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,9 +23,12 @@ use crate::tenant::Tenant;
 
 pub(crate) mod exchange;
 pub(crate) mod local;
+pub(crate) mod messages;
 pub(crate) mod tracker;
 
-use self::exchange::{Exchange, Interrupted, Leg, Sink};
+use self::exchange::{Exchange, Interrupted, Leg, Sink, Source};
+use self::messages::Asked;
+use crate::services::Link;
 
 /// Who opened a stream, and where.
 #[derive(Clone)]
@@ -125,7 +129,34 @@ pub(crate) async fn end_with(send: &mut impl Sink, status: Status) {
     }
 }
 
-async fn call(caller: &Caller, header: wire::CallHeader, mut leg: Leg, rest: Bytes) -> Code {
+/// Asks for a call from within this process, as [`serve`] does for those that come over a stream.
+/// Dropping the response cancels it. The payload has to fit one frame.
+pub(crate) fn request(
+    caller: &Caller,
+    header: wire::CallHeader,
+    payload: Bytes,
+) -> local::Response {
+    let limit = caller.fabric.limits.max_frame_bytes;
+    let request = VecDeque::from([frame::head(Kind::DATA, payload.len()), payload]);
+    let (leg, response) = local::pair(request, limit);
+    let caller = caller.clone();
+    let tasks = caller.fabric.tasks.clone();
+    tasks.spawn(async move {
+        let metrics = &caller.fabric.metrics;
+        metrics.calls_in_flight.inc();
+        let code = call(&caller, header, leg, Bytes::new()).await;
+        metrics.call_ended(code);
+        metrics.calls_in_flight.dec();
+    });
+    response
+}
+
+async fn call(
+    caller: &Caller,
+    header: wire::CallHeader,
+    mut leg: Leg<impl Sink, impl Source>,
+    rest: Bytes,
+) -> Code {
     let service = header.service.clone();
     let status = match place_and_relay(caller, header, &mut leg, rest).await {
         Ok(code) => return code,
@@ -134,7 +165,7 @@ async fn call(caller: &Caller, header: wire::CallHeader, mut leg: Leg, rest: Byt
     caller.refused(Verb::Call, &service, &status);
     let code = status.code;
     end_with(&mut leg.send, status).await;
-    let _ = leg.recv.stop(code.to_quic().into());
+    leg.recv.stop(code);
     code
 }
 
@@ -142,8 +173,8 @@ async fn call(caller: &Caller, header: wire::CallHeader, mut leg: Leg, rest: Byt
 async fn place_and_relay(
     caller: &Caller,
     header: wire::CallHeader,
-    leg: &mut Leg,
-    rest: Bytes,
+    leg: &mut Leg<impl Sink, impl Source>,
+    mut rest: Bytes,
 ) -> Result<Code, Status> {
     let due = caller.due(header.deadline_ms, clock::now());
     let service = TopicName::parse(header.service.as_str())
@@ -165,7 +196,7 @@ async fn place_and_relay(
         );
         let placed = tokio::select! {
             placed = place => placed,
-            _ = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
+            () = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
         };
         let placed = placed.map_err(|error| match error {
             NoResponder::NotFound if clock::now() >= due => Status::new(
@@ -187,9 +218,22 @@ async fn place_and_relay(
             registration: placed.responder.registration,
             ..header.clone()
         };
+        let connection = match &placed.responder.link {
+            Link::Quic(connection) => connection,
+            Link::Messages(link) => {
+                let limit = fabric.limits.max_frame_bytes;
+                match messages::ask(leg, link, onward, rest, due, limit).await? {
+                    Asked::Ended(code) => return Ok(code),
+                    Asked::NotTaken(request) => rest = request,
+                }
+                let (services, lost) = (&caller.tenant.services, Some(clock::now()));
+                services.remove(&service, &placed.responder, lost);
+                continue;
+            }
+        };
         let opened = tokio::select! {
-            opened = Leg::open(&placed.responder.connection, frame::encode(Kind::CALL, &onward)) => opened,
-            _ = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
+            opened = Leg::open(connection, frame::encode(Kind::CALL, &onward)) => opened,
+            () = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
             () = tokio::time::sleep_until(due.into()) => {
                 return Err(Status::new(Code::DeadlineExceeded, "the responder took no further call in time"));
             }
@@ -212,7 +256,7 @@ async fn place_and_relay(
 
 /// Forwards a call both ways to its end.
 async fn relay(
-    caller: &mut Leg,
+    caller: &mut Leg<impl Sink, impl Source>,
     callee: &mut Leg,
     rest: Bytes,
     due: Instant,

@@ -29,7 +29,7 @@ use crate::fabric::Slot;
 use crate::revocation;
 use crate::session::Kick;
 
-mod ask;
+pub(crate) mod ask;
 mod grpc;
 mod http;
 pub mod json;
@@ -37,7 +37,7 @@ mod known;
 mod openai;
 mod path;
 pub mod request;
-mod rest;
+pub(crate) mod rest;
 pub mod tensors;
 pub mod token;
 mod visitor;

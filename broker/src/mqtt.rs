@@ -25,6 +25,7 @@ use crate::revocation;
 mod connect;
 mod connection;
 mod delivery;
+mod exchange;
 mod inflight;
 mod output;
 mod packet;
@@ -33,6 +34,8 @@ mod properties;
 pub mod proxy;
 mod publishing;
 mod reason;
+mod requests;
+mod responder;
 pub mod websocket;
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use selvedge_certs::Identity;
 use selvedge_proto::topic::TopicName;
 use tokio::sync::Notify;
 
+pub use crate::calls::messages::MessageLink;
 use crate::clock;
 
 /// The services of one tenant.
@@ -34,11 +35,20 @@ pub struct Responder {
     pub identity: Identity,
     /// Chosen by the client, unique on its connection.
     pub registration: u32,
-    /// Where to open the call's stream.
-    pub connection: quinn::Connection,
+    /// The way to it.
+    pub link: Link,
     /// Calls at once; zero for no bound of its own.
     pub max_in_flight: u32,
     load: Load,
+}
+
+/// How a responder is reached.
+#[derive(Debug, Clone)]
+pub enum Link {
+    /// Each call is a stream of a connection of QUIC.
+    Quic(quinn::Connection),
+    /// Each call is a message to a connection of MQTT, and its answer some messages back.
+    Messages(MessageLink),
 }
 
 /// Outstanding work and smoothed service time of one responder or model.
@@ -322,16 +332,11 @@ impl Services {
 
 impl Responder {
     /// A responder without calls.
-    pub fn new(
-        identity: Identity,
-        registration: u32,
-        connection: quinn::Connection,
-        max_in_flight: u32,
-    ) -> Self {
+    pub fn new(identity: Identity, registration: u32, link: Link, max_in_flight: u32) -> Self {
         Self {
             identity,
             registration,
-            connection,
+            link,
             max_in_flight,
             load: Load::default(),
         }

@@ -3,14 +3,13 @@
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use quinn::RecvStream;
 use selvedge_proto::frame::{self, FrameDecoder, FrameError, Kind};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
 use crate::calls::Caller;
-use crate::calls::exchange::Leg;
+use crate::calls::exchange::{Leg, Sink, Source};
 use crate::explain;
 
 /// How every name that is the broker's own begins.
@@ -52,7 +51,7 @@ pub(crate) fn check_unreserved(service: &TopicName) -> Result<(), Status> {
 pub(crate) async fn call(
     caller: &Caller,
     service: &TopicName,
-    leg: &mut Leg,
+    leg: &mut Leg<impl Sink, impl Source>,
     rest: Bytes,
     due: Instant,
 ) -> Result<Code, Status> {
@@ -81,10 +80,10 @@ pub(crate) async fn call(
         answer,
         frame::encode(Kind::STATUS, &wire::Status::from(Status::ok())),
     ];
-    let written = tokio::time::timeout_at(due.into(), leg.send.write_all_chunks(&mut pieces));
+    let written = tokio::time::timeout_at(due.into(), leg.send.write(&mut pieces));
     match written.await {
         Ok(Ok(())) => {
-            let _ = leg.send.finish();
+            leg.send.finish();
             Ok(Code::Ok)
         }
         Ok(Err(_)) => Ok(leg.abandon(Code::Cancelled)),
@@ -94,7 +93,7 @@ pub(crate) async fn call(
 }
 
 /// The payload of a request, which begins with `rest`.
-async fn read(from: &mut RecvStream, rest: Bytes) -> Result<BytesMut, Status> {
+async fn read(from: &mut impl Source, rest: Bytes) -> Result<BytesMut, Status> {
     let malformed =
         |error: FrameError| Status::new(Code::InvalidArgument, format!("the request: {error}"));
     let mut decoder = FrameDecoder::new(REQUEST);
@@ -113,8 +112,12 @@ async fn read(from: &mut RecvStream, rest: Bytes) -> Result<BytesMut, Status> {
             }
             request.extend_from_slice(&frame.body);
         }
-        match from.read_chunk(usize::MAX, true).await {
-            Ok(Some(chunk)) => decoder.push(chunk.bytes),
+        let mut chunk = [Bytes::new()];
+        match from.read(&mut chunk).await {
+            Ok(Some(_)) => {
+                let [chunk] = chunk;
+                decoder.push(chunk);
+            }
             Ok(None) => {
                 decoder.finish().map_err(malformed)?;
                 return Ok(request);

@@ -46,7 +46,7 @@ pub enum Parameter {
 
 impl Parameter {
     /// The value as properties of the fabric hold it.
-    fn into_text(self) -> String {
+    pub(crate) fn into_text(self) -> String {
         match self {
             Self::Bool(value) => value.to_string(),
             Self::Int(value) => value.to_string(),

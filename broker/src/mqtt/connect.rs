@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use selvedge_certs::Identity;
-use selvedge_proto::status::Status;
+use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::fabric::Fabric;
+use crate::mqtt::exchange;
 use crate::mqtt::packet::{self, Connect, Packet, ProtocolError, Reader};
 use crate::mqtt::password::Passwords;
 use crate::mqtt::properties;
@@ -203,6 +204,14 @@ fn check_will(will: packet::Will, policy: &IdentityPolicy) -> Result<Will, WillR
             "an invalid will topic",
         ))
     })?;
+    // A request asks for an answer, which nobody would be there to take.
+    if exchange::is_reserved(topic.as_str()) {
+        let why = format!("a will cannot be published to {topic}: requests are no messages");
+        return Err(WillRefusal::Denied(Status::new(
+            Code::PermissionDenied,
+            why,
+        )));
+    }
     if let Decision::Denied(denial) = policy.decide(Verb::Publish, &topic) {
         return Err(WillRefusal::Denied(denial.into()));
     }

@@ -11,9 +11,11 @@ use selvedge_proto::topic::SubscribeTarget;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::calls::Caller;
 use crate::fabric::{Fabric, Slot, no_slot};
 use crate::mqtt::connect::{self, Greeting, Proof, Refusal};
 use crate::mqtt::delivery::{Delivery, HIGH_WATER};
+use crate::mqtt::exchange::{self, Exchange};
 use crate::mqtt::output::{ConnAck, Output};
 use crate::mqtt::packet::{
     Connect, Disconnect, Packet, ProtocolError, Reader, Subscribe, Unsubscribe, Version,
@@ -204,6 +206,7 @@ struct Actor {
     /// Longest silence of the client, if there is one.
     patience: Option<Duration>,
     publishing: Publishing,
+    exchange: Exchange,
     /// Before `delivery`, so that the session leaves the connection while its queues are known.
     attached: Attached,
     delivery: Delivery,
@@ -241,6 +244,18 @@ impl Actor {
                 limit: connect.maximum_packet_size,
                 reasons: connect.wants_reasons,
             },
+            exchange: Exchange::new(
+                connect.version,
+                Caller {
+                    fabric: Arc::clone(fabric),
+                    tenant: Arc::clone(&tenant),
+                    identity: greeting.identity.clone(),
+                    policy: greeting.policy.clone(),
+                },
+                Arc::clone(session),
+                connect.maximum_packet_size,
+                connect.receive_maximum,
+            ),
             policy: greeting.policy,
             session_expiry: connect.session_expiry,
             patience: connect::patience(connect.keep_alive),
@@ -286,6 +301,7 @@ impl Actor {
         let limit = self.manners.limit;
         match &end {
             End::Disconnected(disconnect) if !disconnect.with_will => {
+                self.exchange.leave();
                 self.attached.end = ConnectionEnd::Clean {
                     expiry: disconnect
                         .session_expiry
@@ -418,6 +434,9 @@ impl Actor {
                 Some(packets) = self.delivery.synced(), if self.delivery.is_waiting() => {
                     output.append(packets);
                 }
+                message = self.exchange.next(), if output.remaining() < HIGH_WATER => {
+                    self.exchange.write(&message, output);
+                }
                 written = write_some(write_half, output, &mut unflushed), if writable => {
                     if written.is_err() {
                         return End::Closed;
@@ -467,7 +486,12 @@ impl Actor {
         match packet {
             Packet::Publish(publish) => self
                 .publishing
-                .publish(publish, self.manners, &self.fabric.metrics)
+                .publish(
+                    publish,
+                    self.manners,
+                    &self.fabric.metrics,
+                    &mut self.exchange,
+                )
                 .map_err(End::Protocol)?,
             Packet::PubAck(id) => self.delivery.acknowledge(id).map_err(End::Protocol)?,
             Packet::PubRec { packet_id, refused } => self
@@ -519,6 +543,19 @@ impl Actor {
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
         let mut text = None;
         for wanted in subscribe.filters {
+            if exchange::is_reserved_filter(&wanted.filter) {
+                let served = self
+                    .exchange
+                    .subscribe(&wanted.filter, subscribe.identifier);
+                reasons.push(match &served {
+                    Ok(()) => Reason::SUCCESS,
+                    Err(status) => Reason::of_refusal(status),
+                });
+                if let Err(status) = served {
+                    text.get_or_insert(status.message);
+                }
+                continue;
+            }
             let target = match SubscribeTarget::parse(&wanted.filter) {
                 Ok(target) => target,
                 Err(error) => {
@@ -581,6 +618,13 @@ impl Actor {
             .filters
             .iter()
             .map(|filter| match SubscribeTarget::parse(filter) {
+                _ if exchange::is_reserved_filter(filter) => {
+                    if self.exchange.unsubscribe(filter) {
+                        Reason::SUCCESS
+                    } else {
+                        Reason::NO_SUBSCRIPTION_EXISTED
+                    }
+                }
                 Err(_) => Reason::TOPIC_FILTER_INVALID,
                 Ok(target) => match session.find(&target) {
                     Some(held) if self.tenant.unsubscribe(session, held.id) => Reason::SUCCESS,

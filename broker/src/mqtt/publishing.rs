@@ -13,6 +13,7 @@ use selvedge_proto::topic::TopicName;
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
+use crate::mqtt::exchange::{self, Exchange};
 use crate::mqtt::output::{Answer, Output};
 use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Version};
 use crate::mqtt::properties;
@@ -107,6 +108,7 @@ impl Publishing {
         mut publish: Box<Publish>,
         manners: Manners,
         metrics: &Metrics,
+        exchange: &mut Exchange,
     ) -> Result<(), ProtocolError> {
         let qos = packet::qos(publish.qos);
         let id = publish.packet_id.map_or(0, std::num::NonZero::get);
@@ -121,6 +123,9 @@ impl Publishing {
         let (position, header) = match position {
             Found::Plain(position) => (position, None),
             Found::With(position, properties) => (position, properties.encode()),
+            Found::Reserved(topic, properties) => {
+                return self.hand_over(&topic, *properties, *publish, manners, exchange);
+            }
         };
         let store = match qos {
             Qos::ExactlyOnce => match self.receive(id)? {
@@ -146,13 +151,7 @@ impl Publishing {
             self.publisher.publish(topic, &message)
         };
         if qos == Qos::ExactlyOnce {
-            // To 5.0 a refusal is told, and ends the exchange.
-            let mut packets = self.session.packets();
-            if result.is_ok() || self.version == Version::V3 {
-                packets.keep(StoredPacket::Received(id));
-            } else {
-                packets.forget(self.epoch, id);
-            }
+            self.received(id, result.is_ok());
         }
         drop(together);
         if self.dirty.last() != Some(&position) {
@@ -174,6 +173,43 @@ impl Publishing {
         }
         self.answer(qos, id, result, manners);
         Ok(())
+    }
+
+    /// Hands over a message that is none: a request or an answer.
+    fn hand_over(
+        &mut self,
+        topic: &TopicName,
+        properties: Properties,
+        publish: Publish,
+        manners: Manners,
+        exchange: &mut Exchange,
+    ) -> Result<(), ProtocolError> {
+        let qos = packet::qos(publish.qos);
+        let id = publish.packet_id.map_or(0, std::num::NonZero::get);
+        if qos == Qos::ExactlyOnce && matches!(self.receive(id)?, Received::Before) {
+            return Ok(());
+        }
+        let result = exchange.publish(topic, properties, publish.payload, publish.retain);
+        if qos == Qos::ExactlyOnce {
+            self.received(id, result.is_ok());
+        }
+        match (qos, &result) {
+            (Qos::AtLeastOnce, Ok(())) => self.answers.puback(id),
+            (Qos::ExactlyOnce, Ok(())) => self.answers.pubrec(id),
+            _ => self.answer(qos, id, result, manners),
+        }
+        Ok(())
+    }
+
+    /// Keeps the packet id of a QoS 2 message until it is released, unless the message was refused: to
+    /// 5.0 that is told, and ends the exchange.
+    fn received(&self, id: u16, taken: bool) {
+        let mut packets = self.session.packets();
+        if taken || self.version == Version::V3 {
+            packets.keep(StoredPacket::Received(id));
+        } else {
+            packets.forget(self.epoch, id);
+        }
     }
 
     /// Takes note of the packet id of a QoS 2 message, and answers one that was taken before.
@@ -323,6 +359,9 @@ impl Publishing {
                 return Ok(Found::Plain(position));
             }
             let name = parse(name)?;
+            if exchange::is_reserved(name.as_str()) {
+                return Ok(Found::Reserved(name, Box::default()));
+            }
             return Ok(Found::Plain(self.open(name, Class::Normal)));
         }
         if !properties.subscription_ids.is_empty() {
@@ -336,6 +375,9 @@ impl Publishing {
             Some(alias) => self.resolve(name, alias)?,
         };
         let (properties, class) = properties::from_publish(properties.clone())?;
+        if exchange::is_reserved(name.as_str()) {
+            return Ok(Found::Reserved(name, Box::new(properties)));
+        }
         let position = match self.index[class.index()].get(&name) {
             Some(&position) => position,
             None => self.open(name, class),
@@ -387,6 +429,8 @@ enum Found {
     /// It has no properties.
     Plain(usize),
     With(usize, Box<Properties>),
+    /// Nowhere: it is a request, or the answer to one.
+    Reserved(TopicName, Box<Properties>),
 }
 
 fn parse(name: &str) -> Result<TopicName, ProtocolError> {

@@ -16,7 +16,7 @@ use crate::history::Replay;
 use crate::models::WorkerModel;
 use crate::policy::{Decision, Verb};
 use crate::queue::Overflow;
-use crate::services::Responder;
+use crate::services::{Link, Responder};
 use crate::store::from_unix_ms;
 use crate::system;
 use crate::tenant::{RetainDelivery, SubscribeRequest};
@@ -193,7 +193,7 @@ impl Actor {
         let responder = Responder::new(
             self.identity.clone(),
             serve.id,
-            self.connection.clone(),
+            Link::Quic(self.connection.clone()),
             serve.max_in_flight,
         );
         let responder = self.tenant.services.insert(service.clone(), responder);

@@ -101,12 +101,12 @@ async fn carries_both_ways(version: &str) {
 
 #[tokio::test]
 async fn messages_pass_the_bridge_both_ways_with_mqtt_5() {
-    carries_both_ways("5").await;
+    Box::pin(carries_both_ways("5")).await;
 }
 
 #[tokio::test]
 async fn messages_pass_the_bridge_both_ways_with_mqtt_3_1_1() {
-    carries_both_ways("3.1.1").await;
+    Box::pin(carries_both_ways("3.1.1")).await;
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ mod inference;
 mod limits;
 mod message_ids;
 mod mqtt;
+mod mqtt_calls;
 mod mqtt_transports;
 mod overload;
 mod policy;
