@@ -1,8 +1,8 @@
 //! Paces what is delivered from a backlog (retained messages, history), so that live traffic never waits
 //! for it.
 //!
-//! Lanes ask for a turn before each piece of a backlog, and turns are granted in the order in which they
-//! are asked for, as fast as a rate allows. How fast that is follows from how long the runtime takes to
+//! Lanes ask for a turn before each piece of a backlog. Turns are granted in the order in which they are
+//! asked for, one after the other, as fast as a rate allows. How fast that is follows from how long the runtime takes to
 //! get to a task that is ready, since whatever is live waits as long: see `pacer/control.rs`. The probe that
 //! measures it runs only while somebody is owed something.
 
@@ -45,6 +45,9 @@ struct State {
     /// Who waits, first come first: at most once for each [`Turn`], so bounded by the number of
     /// lanes. Those that are gone are skipped.
     waiting: VecDeque<Weak<Place>>,
+    /// A turn is granted and not over. There is one at a time: several that begin together would be felt
+    /// by whatever is live, and all that is ready between two goes first.
+    busy: bool,
     probing: bool,
     asked: Option<Instant>,
 }
@@ -55,6 +58,14 @@ pub struct Turn {
     pacer: Pacer,
     place: Arc<Place>,
     waits: bool,
+    /// A turn was taken up and is not over.
+    works: bool,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.done();
+    }
 }
 
 #[derive(Debug)]
@@ -76,6 +87,7 @@ impl Pacer {
                 pacer: Arc::downgrade(&self.0),
             }),
             waits: false,
+            works: false,
         }
     }
 
@@ -85,7 +97,7 @@ impl Pacer {
         let mut state = self.0.state.lock();
         state.asked = Some(now);
         let first = state.waiting.is_empty();
-        let granted = first.then(|| state.control.take(now.into_std())).flatten();
+        let granted = first.then(|| state.take(now)).flatten();
         if granted.is_none() {
             state.waiting.push_back(Arc::downgrade(place));
         }
@@ -99,10 +111,30 @@ impl Pacer {
     }
 }
 
+impl State {
+    /// Begins a turn, if one may begin.
+    fn take(&mut self, now: Instant) -> Option<usize> {
+        if self.busy {
+            return None;
+        }
+        let bytes = self.control.take(now.into_std())?;
+        self.busy = true;
+        Some(bytes)
+    }
+}
+
 impl Turn {
-    /// Waits for the next turn; the answer is how many bytes of backlog may be sent in it. A wait that
+    /// Says that the turn is used, so that another lane may have one.
+    pub fn done(&mut self) {
+        if std::mem::take(&mut self.works) {
+            self.pacer.0.end();
+        }
+    }
+
+    /// Waits for the next turn, and ends the one before; the answer is how many bytes of backlog may be sent in it. A wait that
     /// is given up keeps its place for the next call.
     pub async fn granted(&mut self) -> usize {
+        self.done();
         if !self.waits {
             self.waits = true;
             if let Some(bytes) = self.pacer.ask(&self.place) {
@@ -115,6 +147,7 @@ impl Turn {
             let granted = self.place.granted.swap(0, Ordering::AcqRel);
             if granted > 0 {
                 self.waits = false;
+                self.works = true;
                 return granted;
             }
             self.place.wake.notified().await;
@@ -129,6 +162,7 @@ impl Drop for Place {
             && let Some(pacer) = self.pacer.upgrade()
         {
             pacer.state.lock().control.give_back(granted);
+            pacer.end();
         }
     }
 }
@@ -139,21 +173,9 @@ impl Inner {
         let now = Instant::now();
         let mut state = self.state.lock();
         state.control.observe(lag, now.into_std());
-        let mut gone = Vec::new();
-        while let Some(place) = state.waiting.front() {
-            let Some(place) = place.upgrade() else {
-                state.waiting.pop_front();
-                continue;
-            };
-            let Some(bytes) = state.control.take(now.into_std()) else {
-                gone.push(place);
-                break;
-            };
-            state.waiting.pop_front();
-            place.granted.store(bytes, Ordering::Release);
-            place.wake.notify_one();
-            gone.push(place);
-        }
+        // A lane that does not use its turn, as it waits for its receiver, holds nobody else up.
+        state.busy = false;
+        let gone = state.grant(now);
         let idle = state.waiting.is_empty()
             && state
                 .asked
@@ -165,6 +187,38 @@ impl Inner {
         // The last hold on a place gives back what was granted to it, which takes the lock.
         drop(gone);
         !idle
+    }
+
+    /// Takes note that a turn is over, and grants what may be granted now.
+    fn end(&self) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        state.busy = false;
+        let gone = state.grant(now);
+        drop(state);
+        drop(gone);
+    }
+}
+
+impl State {
+    /// Grants turns to those who wait. The answer must be dropped without the lock.
+    fn grant(&mut self, now: Instant) -> Vec<Arc<Place>> {
+        let mut gone = Vec::new();
+        while let Some(place) = self.waiting.front() {
+            let Some(place) = place.upgrade() else {
+                self.waiting.pop_front();
+                continue;
+            };
+            let Some(bytes) = self.take(now) else {
+                gone.push(place);
+                break;
+            };
+            self.waiting.pop_front();
+            place.granted.store(bytes, Ordering::Release);
+            place.wake.notify_one();
+            gone.push(place);
+        }
+        gone
     }
 }
 

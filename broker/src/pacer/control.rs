@@ -32,8 +32,9 @@ const BURST: f64 = 0.004;
 /// After a pause this long the rate is what it was at the start.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Bytes of one turn: a millisecond of the rate, within these bounds.
-pub(super) const GRANT: (usize, usize) = (16 * 1024, 64 * 1024);
+/// Bytes of one turn: a millisecond of the rate, within these bounds. The largest costs the processor
+/// about as long as a wake-up of whatever is live may be late.
+pub(super) const GRANT: (usize, usize) = (16 * 1024, 32 * 1024);
 
 const MIB: f64 = 1024.0 * 1024.0;
 

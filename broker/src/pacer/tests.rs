@@ -170,3 +170,31 @@ async fn what_was_granted_to_a_lane_that_ended_is_given_back() {
     drop(turn);
     assert!(take(now).is_some());
 }
+
+#[tokio::test]
+async fn one_turn_is_taken_at_a_time() {
+    let pacer = Pacer::default();
+    let (mut first, mut second) = (pacer.turn(), pacer.turn());
+    assert!(
+        first.granted().now_or_never().is_none(),
+        "what is ready goes first"
+    );
+    assert!(first.granted().await >= GRANT.0);
+    assert!(pacer.ask(&second.place).is_none(), "while the first works");
+    second.waits = true;
+    first.done();
+    assert!(second.granted().now_or_never().is_some());
+    drop(second);
+    let mut third = pacer.turn();
+    third.granted().now_or_never();
+    assert!(third.granted().now_or_never().is_some(), "nobody works");
+}
+
+#[tokio::test]
+async fn a_lane_that_sits_on_its_turn_holds_nobody_up() {
+    let pacer = Pacer::default();
+    let (mut stuck, mut next) = (pacer.turn(), pacer.turn());
+    stuck.granted().await;
+    let granted = tokio::time::timeout(Duration::from_secs(10), next.granted()).await;
+    assert!(granted.expect("the turn of the first is over at the next tick") >= GRANT.0);
+}

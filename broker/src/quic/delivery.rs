@@ -10,7 +10,7 @@ use selvedge_proto::lane::Flags;
 use selvedge_proto::wire;
 
 use super::datagram::DatagramDelivery;
-use crate::batch::Flow;
+use crate::batch::{Batch, Flow};
 use crate::clock;
 use crate::fabric::Fabric;
 use crate::queue::{DeliveryQueue, Entry};
@@ -28,6 +28,10 @@ const SMALL: usize = 1024;
 
 /// Announcements after which a lane forgets them all, which bounds both ends' tables.
 const MAX_BINDINGS: usize = 65_536;
+
+/// The same while a backlog is sent: it names each topic once or has named it a moment ago, so there is
+/// little to remember.
+const MAX_BINDINGS_OWED: usize = 2_048;
 
 /// One delivery lane.
 pub(super) struct Delivery {
@@ -102,7 +106,8 @@ impl Delivery {
                     self.fabric.metrics.messages_out.inc_by(sent.messages);
                     self.fabric.metrics.bytes_out.inc_by(sent.bytes);
                 }
-                self.encode(&taken.entries, &mut chunks);
+                self.encode(&taken.entries, owed > 0, &mut chunks);
+                turn.done();
                 stream.write_all_chunks(&mut chunks).await?;
                 chunks.clear();
                 continue;
@@ -124,15 +129,20 @@ impl Delivery {
         }
     }
 
-    fn encode(&mut self, entries: &[Entry], chunks: &mut Vec<Bytes>) {
-        let mut small = BytesMut::new();
+    fn encode(&mut self, entries: &[Entry], owed: bool, chunks: &mut Vec<Bytes>) {
+        let mut small = BytesMut::with_capacity(self.copied(entries));
+        let most = if owed {
+            MAX_BINDINGS_OWED
+        } else {
+            MAX_BINDINGS
+        };
         let mut messages = 0u64;
         let mut bytes = 0u64;
         for entry in entries {
             let batch = &entry.batch;
             messages += u64::from(batch.count);
             bytes += (batch.frames.len() + batch.payload.len()) as u64;
-            self.bind(&batch.flow, &mut small);
+            self.bind(&batch.flow, most, &mut small);
             let as_published = self.retain_as_published && batch.retain_as_published;
             if entry.duplicate || as_published {
                 let flags = Flags::new(batch.qos)
@@ -159,8 +169,32 @@ impl Delivery {
         self.fabric.metrics.bytes_out.inc_by(bytes);
     }
 
+    /// About how many bytes [`Self::encode`] copies together.
+    fn copied(&self, entries: &[Entry]) -> usize {
+        let mut last = self.last.as_ref();
+        let mut bytes = 0;
+        for entry in entries {
+            let Batch {
+                flow,
+                frames,
+                payload,
+                ..
+            } = &*entry.batch;
+            if !last.is_some_and(|last| Arc::ptr_eq(last, flow)) {
+                bytes += flow.bind.len();
+                last = Some(flow);
+            }
+            for piece in [frames, payload] {
+                if piece.len() < SMALL {
+                    bytes += piece.len();
+                }
+            }
+        }
+        bytes
+    }
+
     /// Announces a flow unless the lane knows it.
-    fn bind(&mut self, flow: &Arc<Flow>, small: &mut BytesMut) {
+    fn bind(&mut self, flow: &Arc<Flow>, most: usize, small: &mut BytesMut) {
         if self
             .last
             .as_ref()
@@ -176,7 +210,7 @@ impl Delivery {
         {
             return;
         }
-        if self.bound.len() >= MAX_BINDINGS {
+        if self.bound.len() >= most {
             self.bound.clear();
             frame::put_head(small, Kind::UNBIND, 0);
         }
