@@ -11,6 +11,7 @@ use selvedge_proto::MAX_SESSION_NAME;
 use selvedge_proto::message::{Durability, Qos};
 use toml::{Table, Value};
 
+use crate::link::WINDOW;
 use crate::mapping::{Direction, Retain, Rule, RuleSet, Version, check_rules};
 
 /// How long either broker keeps the bridge's session when it is away, unless configured otherwise.
@@ -18,6 +19,8 @@ const DEFAULT_SESSION_EXPIRY: Duration = Duration::from_secs(24 * 60 * 60);
 const DEFAULT_KEEP_ALIVE: Duration = Duration::from_secs(30);
 const DEFAULT_RECONNECT_MAX: Duration = Duration::from_secs(30);
 const DEFAULT_OUTBOX_BYTES: usize = 16 * 1024 * 1024;
+const DEFAULT_INFLIGHT: u16 = WINDOW;
+const DEFAULT_INFLIGHT_V311: u16 = 20;
 const DEFAULT_DISK_BYTES: usize = 256 * 1024 * 1024;
 const DEFAULT_MAX_PACKET: usize = selvedge_proto::DEFAULT_MAX_FRAME;
 /// The longest packet of MQTT: the largest variable byte integer and the fixed header.
@@ -84,6 +87,10 @@ pub struct RemoteConfig {
     pub reconnect_max: Duration,
     /// The largest MQTT packet taken from or given to the remote, in bytes. Default: 16 MiB.
     pub max_packet_bytes: usize,
+    /// QoS 1 and 2 messages sent to the remote that it has not answered for, 1 to 256; an MQTT 5 remote
+    /// may allow fewer. Default: 256, with MQTT 3.1.1 20, since such a remote cannot say what it takes
+    /// and mosquitto takes no more.
+    pub max_inflight: u16,
     /// Bytes of messages in memory in each direction. Default: 16 MiB.
     pub outbox_bytes: usize,
     /// Bytes of messages that may wait on the bridge's disk in each direction, with `[store]`.
@@ -352,6 +359,10 @@ fn read_remote(mut reader: Reader<'_>, base: &Path) -> Option<RemoteConfig> {
         reader.optional("max_packet_bytes", "1024 to 268435460 bytes", |value| {
             as_size(value).filter(|size| (1024..=MAX_PACKET).contains(size))
         });
+    let max_inflight = reader.optional("max_inflight", "1 to 256 messages", |value| {
+        let most = u16::try_from(value.as_integer()?).ok()?;
+        (1..=WINDOW).contains(&most).then_some(most)
+    });
     let outbox_bytes = reader.optional("outbox_bytes", "65536 to 4294967295 bytes", |value| {
         as_size(value).filter(|size| *size >= 65_536 && u32::try_from(*size).is_ok())
     });
@@ -452,6 +463,10 @@ fn read_remote(mut reader: Reader<'_>, base: &Path) -> Option<RemoteConfig> {
         host,
         port,
         tls: ca.map(|ca| RemoteTls { ca, identity }),
+        max_inflight: max_inflight.unwrap_or(match version.unwrap_or_default() {
+            Version::V5 => DEFAULT_INFLIGHT,
+            Version::V311 => DEFAULT_INFLIGHT_V311,
+        }),
         version: version.unwrap_or_default(),
         client_id: client_id?,
         login,

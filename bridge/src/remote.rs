@@ -21,7 +21,7 @@ use crate::config::RemoteConfig;
 use crate::forward::{Inward, Outbound, Owed, inward};
 use crate::inward::{Arrived, Taken, give_to_fabric};
 use crate::journal::{Journal, Op, Space};
-use crate::link::{Event, Incoming, Limits, Link, Receipt, Tried, WINDOW};
+use crate::link::{Event, Incoming, Limits, Link, Receipt, Tried};
 use crate::mapping::Rule;
 use crate::outbox::{Outbox, Received};
 use crate::spool::record::Stored;
@@ -467,7 +467,7 @@ impl Remote {
         if !connection.flush_answers() {
             return;
         }
-        let window = WINDOW.min(limits.receive_maximum).max(1);
+        let window = self.config.max_inflight.min(limits.receive_maximum).max(1);
         while let Some(next) = self.outbox.next(window.into()) {
             let (packet_id, message) = (next.packet_id, next.item);
             message.packet.qos = message.packet.qos.min(limits.qos);

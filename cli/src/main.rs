@@ -161,9 +161,7 @@ impl Command {
             #[cfg(target_os = "linux")]
             Self::Bench(args) => args.json(),
             Self::Bridge(args) => args.json,
-            Self::Dev(_) | Self::Worker(_) | Self::Mqtt(_) | Self::Token(_) => {
-                false
-            }
+            Self::Dev(_) | Self::Worker(_) | Self::Mqtt(_) | Self::Token(_) => false,
         };
         output::Format::from_flag(json)
     }

@@ -90,6 +90,7 @@ local_prefix = "other/"
     assert!(plant.tls.as_ref().unwrap().identity.is_some());
     assert_eq!(plant.version, Version::V311);
     assert_eq!(plant.rules[0].qos_cap, Qos::AtMostOnce);
+    assert_eq!(plant.max_inflight, 20);
     assert_eq!(plant.rules[0].retain, Retain::Clear);
     assert_eq!(plant.rules[0].durability, Durability::Disk);
     let other = &config.remotes[1];
@@ -254,5 +255,6 @@ fn exactly_once_needs_three_that_remember() {
     assert_eq!(config.store, Some(dir.path().join("store")));
     assert_eq!(config.admin, Some(([127, 0, 0, 1], 9464).into()));
     assert_eq!(config.remotes[0].disk_bytes, 100_000);
+    assert_eq!(config.remotes[0].max_inflight, 256);
     assert_eq!(config.remotes[0].rules[0].qos_cap, Qos::ExactlyOnce);
 }

@@ -31,6 +31,7 @@ fn config(port: u16, client_id: &str, version: Version) -> RemoteConfig {
         max_packet_bytes: 1 << 20,
         outbox_bytes: 1 << 20,
         disk_bytes: 1 << 20,
+        max_inflight: 20,
         rules: vec![Rule::new(Direction::In, "#", "", "").unwrap()],
     }
 }

@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 
 /// Between attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
-/// Messages that wait for an answer.
-const WINDOW: usize = 500;
+/// Messages that wait for an answer: fewer than mosquitto takes, which ends the connection beyond it.
+const WINDOW: usize = 200;
 /// Silence after which the connection counts as lost: the broker answers pings.
 const SILENCE: Duration = Duration::from_secs(8);
 const PING: Duration = Duration::from_secs(2);
