@@ -13,6 +13,7 @@ use crate::front::token::Tokens;
 use crate::history::HistoryRule;
 use crate::mqtt::password::Passwords;
 use crate::mqtt::proxy::{Network, TrustedProxies};
+use crate::mqtt::settings::{DeniedSubscription, ServerReference, Settings};
 use crate::mqtt::websocket::Origins;
 use crate::policy::{IdentityPattern, Policy};
 use crate::quota::rate;
@@ -116,6 +117,8 @@ pub struct MqttConfig {
     pub quic: bool,
     /// Listeners behind load balancers.
     pub proxies: MqttProxies,
+    /// The protocol itself.
+    pub settings: Settings,
 }
 
 /// Load balancers before the MQTT listeners. Where there are any, every connection has to come from
@@ -351,6 +354,7 @@ impl Config {
             Origins::parse(&file.mqtt.origins),
         );
         let proxies = file.mqtt.proxies(&mut problems);
+        let settings = mqtt_settings(&file.mqtt, &mut problems);
         let passwords = file
             .mqtt
             .passwords
@@ -473,6 +477,7 @@ impl Config {
                     origins: origins.unwrap_or_default(),
                     quic: file.mqtt.quic,
                     proxies,
+                    settings,
                 },
                 front,
                 admin,
@@ -864,6 +869,69 @@ struct MqttTable {
     quic: bool,
     #[serde(default)]
     proxy_protocol: Vec<ProxyTable>,
+    receive_maximum: Option<u16>,
+    topic_alias_maximum: Option<u16>,
+    #[serde(default, with = "maybe_duration")]
+    server_keep_alive: Option<Duration>,
+    response_information: Option<String>,
+    server_reference: Option<String>,
+    #[serde(default)]
+    server_moved: bool,
+    denied_subscription: Option<String>,
+    #[serde(default, with = "maybe_duration")]
+    sys_interval: Option<Duration>,
+}
+
+/// The settings of the protocol, checked.
+fn mqtt_settings(table: &MqttTable, problems: &mut Vec<ConfigProblem>) -> Settings {
+    let default = Settings::default();
+    let mut problem = |key: &str, text: String| problems.push(ConfigProblem::new(key, text));
+    if table.receive_maximum == Some(0) {
+        let text = "0 would let no message in: expected 1 to 65535";
+        problem("mqtt.receive_maximum", text.to_owned());
+    }
+    if let Some(found) = table.server_keep_alive
+        && !(1..=65535).contains(&found.as_secs())
+    {
+        let text = format!("{found:?} is out of range: expected 1s to 65535s");
+        problem("mqtt.server_keep_alive", text);
+    }
+    if let Some(found) = &table.response_information
+        && let Err(error) = TopicName::parse(format!("{found}x").as_str())
+    {
+        let text = format!("{found:?} is no beginning of a topic: {error}");
+        problem("mqtt.response_information", text);
+    }
+    if table.server_moved && table.server_reference.is_none() {
+        let text = "given without mqtt.server_reference: say where to";
+        problem("mqtt.server_moved", text.to_owned());
+    }
+    let denied_subscription = match table.denied_subscription.as_deref() {
+        None | Some("not_authorized") => DeniedSubscription::NotAuthorized,
+        Some("unspecified") => DeniedSubscription::Unspecified,
+        Some(found) => {
+            let text = format!("{found:?}: expected \"not_authorized\" or \"unspecified\"");
+            problem("mqtt.denied_subscription", text);
+            DeniedSubscription::default()
+        }
+    };
+    Settings {
+        receive_maximum: table.receive_maximum.unwrap_or(default.receive_maximum),
+        topic_alias_maximum: table
+            .topic_alias_maximum
+            .unwrap_or(default.topic_alias_maximum),
+        server_keep_alive: table.server_keep_alive,
+        response_information: table.response_information.clone(),
+        server_reference: table
+            .server_reference
+            .clone()
+            .map(|address| ServerReference {
+                address,
+                for_good: table.server_moved,
+            }),
+        denied_subscription,
+        sys_interval: table.sys_interval.unwrap_or(default.sys_interval),
+    }
 }
 
 /// Listeners behind load balancers, by key.
@@ -1000,6 +1068,25 @@ mod duration {
                 "{text:?} is no duration: expected a whole number and a unit, such as 250ms, 10s, 5m, 2h or 7d"
             ))
         })
+    }
+}
+
+/// As [`duration`], for what may be left out.
+mod maybe_duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, de::Error};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match super::parse_duration(&text) {
+            Some(duration) => Ok(Some(duration)),
+            None => Err(D::Error::custom(format!(
+                "{text:?} is no duration: expected a whole number and a unit, such as 250ms, 10s, 5m, 2h or 7d"
+            ))),
+        }
     }
 }
 

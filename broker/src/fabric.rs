@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{DurabilityRules, Limits};
 use crate::history::HistoryRule;
 use crate::metrics::Metrics;
+use crate::mqtt::settings::Settings;
 use crate::pacer::Pacer;
 use crate::policy::{IdentityPolicy, Policy};
 use crate::revocation::Peers;
@@ -41,6 +42,8 @@ pub struct Fabric {
     /// Which topics' QoS 1 messages to kept sessions are acknowledged when they are on disk, unless
     /// the publisher says otherwise.
     pub durability: DurabilityRules,
+    /// Settings of the MQTT protocol.
+    pub mqtt: Settings,
     /// Paces what is delivered from backlogs.
     pub pacer: Pacer,
     history: Arc<[HistoryRule]>,
@@ -82,6 +85,8 @@ pub struct FabricOptions {
     pub durability: DurabilityRules,
     /// Topics that keep history.
     pub history: Vec<HistoryRule>,
+    /// See [`Fabric::mqtt`].
+    pub mqtt: Settings,
 }
 
 impl Fabric {
@@ -97,6 +102,7 @@ impl Fabric {
             metrics: options.metrics,
             store: options.store,
             durability: options.durability,
+            mqtt: options.mqtt,
             pacer: Pacer::default(),
             history: options.history.into(),
             shutdown: CancellationToken::new(),

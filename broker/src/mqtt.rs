@@ -36,6 +36,7 @@ mod publishing;
 mod reason;
 mod requests;
 mod responder;
+pub mod settings;
 pub mod websocket;
 
 #[cfg(test)]

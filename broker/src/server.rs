@@ -203,6 +203,7 @@ impl Server {
             store,
             durability,
             history: config.history,
+            mqtt: config.mqtt.settings,
         });
         fabric.metrics.renew_lists_by(config.trust.next_update());
         // Kept sessions are routable before any client, publisher or subscriber, is let in.

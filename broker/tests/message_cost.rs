@@ -50,6 +50,7 @@ impl Scene {
             store: None,
             durability: DurabilityRules::all(true),
             history: Vec::new(),
+            mqtt: selvedge_broker::mqtt::settings::Settings::default(),
         });
         let tenant = fabric.tenant(&identity("broker"));
         Self { fabric, tenant }

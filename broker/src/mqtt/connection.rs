@@ -20,8 +20,9 @@ use crate::mqtt::output::{ConnAck, Output};
 use crate::mqtt::packet::{
     Connect, Disconnect, Packet, ProtocolError, Reader, Subscribe, Unsubscribe, Version,
 };
-use crate::mqtt::publishing::{Manners, Publishing, RECEIVE_MAXIMUM, TOPIC_ALIAS_MAXIMUM};
+use crate::mqtt::publishing::{Manners, Publishing};
 use crate::mqtt::reason::Reason;
+use crate::mqtt::settings::DeniedSubscription;
 use crate::policy::LivePolicy;
 use crate::publisher::Publisher;
 use crate::queue::Overflow;
@@ -113,6 +114,12 @@ pub(crate) async fn run<S>(
     );
     let message_bytes = session.usage().message_bytes();
     reader.set_max_packet(message_bytes);
+    let settings = &fabric.mqtt;
+    let keep_alive = settings.keep_alive(connect.version, connect.keep_alive);
+    let information = connect
+        .wants_response_information
+        .then(|| settings.response_information(&greeting.identity))
+        .flatten();
     let mut output = Output::default();
     output.connack(
         connect.version,
@@ -123,8 +130,10 @@ pub(crate) async fn run<S>(
                 .assigned_client_id
                 .then_some(&*greeting.attach.key.name),
             maximum_packet_size: message_bytes,
-            receive_maximum: RECEIVE_MAXIMUM,
-            topic_alias_maximum: TOPIC_ALIAS_MAXIMUM,
+            receive_maximum: settings.receive_maximum,
+            topic_alias_maximum: settings.topic_alias_maximum,
+            keep_alive: (keep_alive != connect.keep_alive).then_some(keep_alive),
+            response_information: information.as_deref(),
         },
     );
     let actor = Actor::new(fabric, tenant, attached, listener, &connect, greeting);
@@ -165,8 +174,9 @@ async fn refuse<S: AsyncWrite + Unpin>(
         // It does not speak MQTT, so there is nothing it would understand.
         None => return,
     };
+    let (reason, reference) = fabric.mqtt.redirect(reason);
     let mut output = Output::default();
-    output.connack_refusal(version, reason, &text);
+    output.connack_refusal(version, reason, &text, reference);
     farewell(stream, &mut output).await;
 }
 
@@ -258,12 +268,15 @@ impl Actor {
             ),
             policy: greeting.policy,
             session_expiry: connect.session_expiry,
-            patience: connect::patience(connect.keep_alive),
+            patience: connect::patience(
+                fabric.mqtt.keep_alive(connect.version, connect.keep_alive),
+            ),
             publishing: Publishing::new(
                 connect.version,
                 publisher,
                 Arc::clone(session),
                 attached.attachment.epoch,
+                &fabric.mqtt,
             ),
             delivery: Delivery::new(
                 connect.version,
@@ -271,6 +284,9 @@ impl Actor {
                 attached.attachment.epoch,
                 connect.receive_maximum,
                 connect.maximum_packet_size,
+                connect
+                    .topic_alias_maximum
+                    .min(fabric.mqtt.topic_alias_maximum),
             ),
             fabric: Arc::clone(fabric),
             tenant,
@@ -314,11 +330,12 @@ impl Actor {
                     .metrics
                     .protocol_error(self.listener, error.what);
                 self.refused(Code::InvalidArgument, &error.to_string());
-                output.disconnect(self.version, error.reason, &error.to_string(), limit);
+                let text = error.to_string();
+                output.disconnect(self.version, error.reason, &text, None, limit);
             }
             End::Kicked(status) => {
-                let reason = Reason::of_kick(status);
-                output.disconnect(self.version, reason, &status.message, limit);
+                let (reason, reference) = self.fabric.mqtt.redirect(Reason::of_kick(status));
+                output.disconnect(self.version, reason, &status.message, reference, limit);
             }
             End::Silent => {
                 self.fabric
@@ -326,7 +343,8 @@ impl Actor {
                     .protocol_error(self.listener, "keep_alive");
                 let text = "nothing arrived for one and a half times the keep-alive";
                 self.refused(Code::DeadlineExceeded, text);
-                output.disconnect(self.version, Reason::KEEP_ALIVE_TIMEOUT, text, limit);
+                let reason = Reason::KEEP_ALIVE_TIMEOUT;
+                output.disconnect(self.version, reason, text, None, limit);
             }
         }
         tracing::debug!(
@@ -590,7 +608,17 @@ impl Actor {
             match self.tenant.subscribe(&session, &self.policy.now(), request) {
                 Ok(()) => reasons.push(Reason(max_qos as u8)),
                 Err(status) => {
-                    reasons.push(Reason::of_refusal(&status));
+                    reasons.push(
+                        match (
+                            Reason::of_refusal(&status),
+                            self.fabric.mqtt.denied_subscription,
+                        ) {
+                            (Reason::NOT_AUTHORIZED, DeniedSubscription::Unspecified) => {
+                                Reason::UNSPECIFIED
+                            }
+                            (reason, _) => reason,
+                        },
+                    );
                     text.get_or_insert(status.message);
                 }
             }

@@ -9,13 +9,14 @@ use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
 use selvedge_proto::message::Qos;
+use selvedge_proto::topic::TopicName;
 
 use crate::batch::{Batch, BatchMessage, Flow};
 use crate::clock;
 use crate::losses::{Losses, Reason};
 use crate::metrics::Metrics;
 use crate::mqtt::inflight::Numbers;
-use crate::mqtt::output::{Answer, Outgoing, Output};
+use crate::mqtt::output::{Alias, Answer, Outgoing, Output};
 use crate::mqtt::packet::{ProtocolError, Version};
 use crate::mqtt::reason::Reason as Code;
 use crate::queue::DeliveryQueue;
@@ -68,6 +69,10 @@ pub(crate) struct Delivery {
     claimed_bytes: usize,
     /// Lanes with acknowledgements that their queue has not heard of.
     acknowledged: Vec<usize>,
+    /// Topic aliases towards the client, and whether the client has been told, by number less one.
+    aliases: HashMap<TopicName, u16>,
+    told: Vec<bool>,
+    alias_maximum: u16,
     views: HashMap<(u32, u32), Arc<View>>,
 }
 
@@ -103,6 +108,8 @@ struct View {
     flow: Arc<Flow>,
     identifiers: Vec<u32>,
     retain_as_published: bool,
+    /// Stands for the topic, if the client takes so many.
+    alias: Option<u16>,
 }
 
 /// Where the work on a lane stopped.
@@ -122,6 +129,7 @@ impl Delivery {
         epoch: u64,
         receive_maximum: u16,
         limit: usize,
+        alias_maximum: u16,
     ) -> Self {
         session
             .packets()
@@ -140,6 +148,9 @@ impl Delivery {
             claimed: FuturesOrdered::new(),
             claimed_bytes: 0,
             acknowledged: Vec::new(),
+            aliases: HashMap::new(),
+            told: Vec::new(),
+            alias_maximum,
             views: HashMap::new(),
         }
     }
@@ -418,6 +429,11 @@ impl Delivery {
         metrics: &Metrics,
         losses: &Losses,
     ) -> Stop {
+        let mut aliases = Aliases {
+            by_topic: &mut self.aliases,
+            told: &mut self.told,
+            maximum: self.alias_maximum,
+        };
         let Some(lane) = self.lanes.get_mut(&key) else {
             return Stop::Drained;
         };
@@ -458,6 +474,7 @@ impl Delivery {
                 &self.session,
                 lane.queue.subscription,
                 &batch.flow,
+                &mut aliases,
             );
             let expiry = batch
                 .expires
@@ -510,8 +527,19 @@ impl Delivery {
                         None => waiting.duplicate && batch.qos == Qos::AtLeastOnce,
                         Some(_) => earlier.is_some(),
                     };
+                    // The id means this message from now on, also to a client that comes back to a
+                    // broker that was started anew.
+                    let kept =
+                        packets.store().is_some() && exactly_once && waiting.stored.is_some();
+                    // What waits for the store goes out later than what comes after it, which must not
+                    // need an alias of it.
+                    let alias = match view.alias {
+                        Some(alias) if !kept => aliases.of(alias),
+                        _ => Alias::None,
+                    };
                     let outgoing = Outgoing {
                         topic: batch.flow.topic.as_str(),
+                        alias,
                         packet_id,
                         qos: batch.qos,
                         duplicate,
@@ -528,6 +556,9 @@ impl Delivery {
                         packets.store().is_some() && exactly_once && waiting.stored.is_some();
                     let to = if kept { &mut self.claims } else { &mut *output };
                     let written = to.publish(self.version, &outgoing, self.limit).is_ok();
+                    if let (true, Alias::Set(alias)) = (written, alias) {
+                        aliases.told[usize::from(alias) - 1] = true;
+                    }
                     if !written {
                         losses.lose(Reason::TooLarge, receiver, batch, 1);
                     } else if let Some(sequence) = waiting.stored.filter(|_| kept) {
@@ -579,6 +610,38 @@ impl Delivery {
     }
 }
 
+/// The topic aliases towards a client. The topics that come first have them, for good: what is worth
+/// one comes again and again.
+struct Aliases<'a> {
+    by_topic: &'a mut HashMap<TopicName, u16>,
+    told: &'a mut Vec<bool>,
+    maximum: u16,
+}
+
+impl Aliases<'_> {
+    /// The number of a topic.
+    fn number(&mut self, topic: &TopicName) -> Option<u16> {
+        if let Some(alias) = self.by_topic.get(topic) {
+            return Some(*alias);
+        }
+        let alias = u16::try_from(self.told.len() + 1).ok()?;
+        if alias > self.maximum {
+            return None;
+        }
+        self.told.push(false);
+        self.by_topic.insert(topic.clone(), alias);
+        Some(alias)
+    }
+
+    /// How a message says it.
+    fn of(&self, alias: u16) -> Alias {
+        match self.told.get(usize::from(alias) - 1) {
+            Some(true) => Alias::Use(alias),
+            _ => Alias::Set(alias),
+        }
+    }
+}
+
 /// What the client's subscriptions add to messages of a flow: overlapping ones give one copy with
 /// all their identifiers (MQTT 5.0 section 3.3.4). `subscription` is the one whose queue it is, or
 /// zero for the queue of all.
@@ -588,6 +651,7 @@ fn view(
     session: &Session,
     subscription: u32,
     flow: &Arc<Flow>,
+    aliases: &mut Aliases<'_>,
 ) -> Arc<View> {
     let key = (subscription, flow.id);
     if let Some(view) = views.get(&key)
@@ -599,6 +663,7 @@ fn view(
         flow: Arc::clone(flow),
         identifiers: Vec::new(),
         retain_as_published: false,
+        alias: aliases.number(&flow.topic),
     };
     // 3.1.1 has neither.
     if version == Version::V5 {

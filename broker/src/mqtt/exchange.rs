@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::calls::Caller;
 use crate::clock;
-use crate::mqtt::output::{Outgoing, Output};
+use crate::mqtt::output::{Alias, Outgoing, Output};
 use crate::mqtt::packet::Version;
 use crate::mqtt::requests::Asking;
 use crate::mqtt::responder::Serving;
@@ -259,6 +259,7 @@ impl Exchange {
     fn try_write(&self, message: &Message, output: &mut Output) -> bool {
         let header = message.properties.encode();
         let outgoing = Outgoing {
+            alias: Alias::None,
             topic: &message.topic,
             packet_id: 0,
             qos: Qos::AtMostOnce,

@@ -31,6 +31,7 @@ pub(crate) struct Output {
 #[derive(Debug)]
 pub(crate) struct Outgoing<'a> {
     pub(crate) topic: &'a str,
+    pub(crate) alias: Alias,
     /// Given for QoS 1 and 2, zero for QoS 0.
     pub(crate) packet_id: u16,
     pub(crate) qos: Qos,
@@ -44,6 +45,18 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) payload: &'a Bytes,
 }
 
+/// What a PUBLISH says of its topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Alias {
+    /// Its name.
+    #[default]
+    None,
+    /// Its name, and the number that stands for it from now on.
+    Set(u16),
+    /// The number that stands for it.
+    Use(u16),
+}
+
 /// CONNACK.
 #[derive(Debug, Default)]
 pub(crate) struct ConnAck<'a> {
@@ -54,6 +67,9 @@ pub(crate) struct ConnAck<'a> {
     pub(crate) maximum_packet_size: usize,
     pub(crate) receive_maximum: u16,
     pub(crate) topic_alias_maximum: u16,
+    /// Given when it is not what the client asked for.
+    pub(crate) keep_alive: Option<Duration>,
+    pub(crate) response_information: Option<&'a str>,
 }
 
 /// The packet is larger than the client takes.
@@ -96,6 +112,15 @@ impl Output {
                 properties.put_u8(0x22);
                 properties.put_u16(ack.topic_alias_maximum);
             }
+            if let Some(keep_alive) = ack.keep_alive {
+                properties.put_u8(0x13);
+                let seconds = u16::try_from(keep_alive.as_secs()).unwrap_or(u16::MAX);
+                properties.put_u16(seconds);
+            }
+            if let Some(information) = ack.response_information {
+                properties.put_u8(0x1A);
+                put_binary(&mut properties, information.as_bytes());
+            }
             properties.put_u8(0x27);
             properties.put_u32(u32::try_from(ack.maximum_packet_size).unwrap_or(u32::MAX));
             put_block(&mut body, &properties);
@@ -104,9 +129,18 @@ impl Output {
     }
 
     /// Refuses a connection. 3.1.1 has no word for some reasons and is sent nothing then.
-    pub(crate) fn connack_refusal(&mut self, version: Version, reason: Reason, text: &str) {
+    pub(crate) fn connack_refusal(
+        &mut self,
+        version: Version,
+        reason: Reason,
+        text: &str,
+        reference: Option<&str>,
+    ) {
         match version {
-            Version::V5 => self.with_reason(0x20, &[0, reason.0], Some(text), &[], usize::MAX),
+            Version::V5 => {
+                let text = Some(text);
+                self.with_reason(0x20, &[0, reason.0], text, reference, &[], usize::MAX);
+            }
             Version::V3 => {
                 if let Some(code) = reason.connack_v3() {
                     self.packet(0x20, &[0, code]);
@@ -146,7 +180,7 @@ impl Output {
         limit: usize,
     ) {
         let [high, low] = packet_id.to_be_bytes();
-        self.with_reason(kind as u8, &[high, low, reason.0], text, &[], limit);
+        self.with_reason(kind as u8, &[high, low, reason.0], text, None, &[], limit);
     }
 
     /// SUBACK with one reason for each filter.
@@ -168,7 +202,7 @@ impl Output {
         let id = packet_id.to_be_bytes();
         match version {
             Version::V3 => self.packet(0x90, &[&id[..], &codes].concat()),
-            Version::V5 => self.with_reason(0x90, &id, text, &codes, limit),
+            Version::V5 => self.with_reason(0x90, &id, text, None, &codes, limit),
         }
     }
 
@@ -178,7 +212,8 @@ impl Output {
             Version::V3 => self.short(0xB0, packet_id),
             Version::V5 => {
                 let codes: Vec<u8> = reasons.iter().map(|reason| reason.0).collect();
-                self.with_reason(0xB0, &packet_id.to_be_bytes(), None, &codes, usize::MAX);
+                let id = packet_id.to_be_bytes();
+                self.with_reason(0xB0, &id, None, None, &codes, usize::MAX);
             }
         }
     }
@@ -194,10 +229,11 @@ impl Output {
         version: Version,
         reason: Reason,
         text: &str,
+        reference: Option<&str>,
         limit: usize,
     ) {
         if version == Version::V5 {
-            self.with_reason(0xE0, &[reason.0], Some(text), &[], limit);
+            self.with_reason(0xE0, &[reason.0], Some(text), reference, &[], limit);
         }
     }
 
@@ -213,7 +249,15 @@ impl Output {
     ) -> Result<(), TooLarge> {
         // Most messages have no properties: their block is then the one byte of its length.
         let mut block = BytesMut::new();
+        let topic = match message.alias {
+            Alias::Use(_) => "",
+            Alias::Set(_) | Alias::None => message.topic,
+        };
         if version == Version::V5 {
+            if let Alias::Set(alias) | Alias::Use(alias) = message.alias {
+                block.put_u8(0x23);
+                block.put_u16(alias);
+            }
             let decoded = message
                 .header
                 .and_then(|header| Properties::decode(header).ok());
@@ -234,7 +278,7 @@ impl Output {
             Version::V3 => 0,
             Version::V5 => varint_len(block.len()) + block.len(),
         };
-        let remaining = 2 + message.topic.len() + id + properties + message.payload.len();
+        let remaining = 2 + topic.len() + id + properties + message.payload.len();
         // 268,435,455 is the most that the length of a packet can say.
         if 1 + varint_len(remaining) + remaining > limit || remaining > 0x0FFF_FFFF {
             return Err(TooLarge);
@@ -245,7 +289,7 @@ impl Output {
         self.tail
             .put_u8(0x30 | u8::from(message.duplicate) << 3 | qos << 1 | u8::from(message.retain));
         put_varint(&mut self.tail, remaining);
-        put_binary(&mut self.tail, message.topic.as_bytes());
+        put_binary(&mut self.tail, topic.as_bytes());
         if id > 0 {
             self.tail.put_u16(message.packet_id);
         }
@@ -277,17 +321,22 @@ impl Output {
         self.len += self.tail.len() - before;
     }
 
-    /// A packet of 5.0 whose properties are a reason string at most, which is left out when the
-    /// packet would be larger than `limit` with it (MQTT 5.0 section 3.1.2.11.4).
+    /// A packet of 5.0 whose properties are a reason string and a server reference at most, which are
+    /// left out when the packet would be larger than `limit` with them (MQTT 5.0 section 3.1.2.11.4).
     fn with_reason(
         &mut self,
         kind: u8,
         head: &[u8],
         text: Option<&str>,
+        reference: Option<&str>,
         tail: &[u8],
         limit: usize,
     ) {
         let mut block = BytesMut::new();
+        if let Some(reference) = reference {
+            block.put_u8(0x1C);
+            put_binary(&mut block, reference.as_bytes());
+        }
         if let Some(text) = text.filter(|text| !text.is_empty()) {
             let cut = text.floor_char_boundary(MAX_REASON_STRING);
             block.put_u8(0x1F);

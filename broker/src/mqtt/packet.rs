@@ -72,6 +72,10 @@ pub(crate) struct Connect {
     pub(crate) wants_auth: bool,
     /// The client wants reason strings beyond CONNACK and DISCONNECT.
     pub(crate) wants_reasons: bool,
+    /// The client wants to know where its responses go.
+    pub(crate) wants_response_information: bool,
+    /// Topic aliases that the client takes.
+    pub(crate) topic_alias_maximum: u16,
 }
 
 /// The will in a CONNECT.
@@ -316,6 +320,8 @@ fn from_v3(packet: v3::Packet) -> Result<Packet, ProtocolError> {
             maximum_packet_size: usize::MAX,
             wants_auth: false,
             wants_reasons: false,
+            wants_response_information: false,
+            topic_alias_maximum: 0,
         })),
         v3::Packet::Publish(publish) => Packet::Publish(publish),
         v3::Packet::PublishAck { packet_id } => Packet::PubAck(packet_id.get()),
@@ -393,6 +399,8 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, ProtocolError> {
                 .map_or(usize::MAX, |size| size.get() as usize),
             wants_auth: connect.auth_method.is_some(),
             wants_reasons: connect.request_problem_info,
+            wants_response_information: connect.request_response_info,
+            topic_alias_maximum: connect.topic_alias_max,
         })),
         v5::Packet::Publish(publish) => Packet::Publish(publish),
         v5::Packet::PublishAck(ack) => Packet::PubAck(ack.packet_id.get()),

@@ -18,6 +18,7 @@ use crate::mqtt::output::{Answer, Output};
 use crate::mqtt::packet::{self, ProtocolError, Publish, PublishProperties, Version};
 use crate::mqtt::properties;
 use crate::mqtt::reason::Reason;
+use crate::mqtt::settings::Settings;
 use crate::publisher::{Incoming, Outcome, Payload, Publisher, Topic};
 use crate::session::Session;
 use crate::session::packets::Receipt;
@@ -27,13 +28,6 @@ use crate::store::{PacketKey, Store, StoreError, StoredPacket};
 /// goes through more topics than this pays for each once in a while.
 const MAX_TOPICS: usize = 1024;
 
-/// QoS 2 messages that the client may have sent and not released, as CONNACK tells it. QoS 1
-/// messages do not count here, as they are acknowledged before the next read.
-pub(crate) const RECEIVE_MAXIMUM: u16 = 1024;
-
-/// Topic aliases that the client may set, as CONNACK tells it.
-pub(crate) const TOPIC_ALIAS_MAXIMUM: u16 = 64;
-
 /// What a client publishes.
 #[derive(Debug)]
 pub(crate) struct Publishing {
@@ -42,6 +36,11 @@ pub(crate) struct Publishing {
     session: Arc<Session>,
     /// Number of the connection within its session.
     epoch: u64,
+    /// QoS 2 messages that the client may have sent and not released, as CONNACK tells it. QoS 1
+    /// messages do not count here: how many wait for the disk is bounded by itself.
+    receive_maximum: u16,
+    /// Topic aliases that the client may set, as CONNACK tells it.
+    topic_alias_maximum: u16,
     /// Positions in `topics`, by class and name.
     index: [HashMap<TopicName, usize>; 3],
     topics: Vec<Topic>,
@@ -83,12 +82,15 @@ impl Publishing {
         publisher: Publisher,
         session: Arc<Session>,
         epoch: u64,
+        settings: &Settings,
     ) -> Self {
         Self {
             version,
             publisher,
             session,
             epoch,
+            receive_maximum: settings.receive_maximum,
+            topic_alias_maximum: settings.topic_alias_maximum,
             index: Default::default(),
             topics: Vec::new(),
             dirty: Vec::new(),
@@ -217,7 +219,7 @@ impl Publishing {
         // 3.1.1 knows no receive maximum, but that of its packet ids.
         let most = match self.version {
             Version::V3 => u16::MAX,
-            Version::V5 => RECEIVE_MAXIMUM,
+            Version::V5 => self.receive_maximum,
         };
         let mut packets = self.session.packets();
         match packets.receive(self.epoch, id, most) {
@@ -386,7 +388,7 @@ impl Publishing {
     }
 
     fn resolve(&mut self, name: &str, alias: u16) -> Result<TopicName, ProtocolError> {
-        if alias > TOPIC_ALIAS_MAXIMUM {
+        if alias > self.topic_alias_maximum {
             return Err(ProtocolError::new(
                 Reason::TOPIC_ALIAS_INVALID,
                 "a topic alias beyond the maximum",

@@ -28,6 +28,8 @@ impl Reason {
     pub(crate) const TOPIC_ALIAS_INVALID: Self = Self(0x94);
     pub(crate) const PACKET_TOO_LARGE: Self = Self(0x95);
     pub(crate) const QUOTA_EXCEEDED: Self = Self(0x97);
+    pub(crate) const USE_ANOTHER_SERVER: Self = Self(0x9C);
+    pub(crate) const SERVER_MOVED: Self = Self(0x9D);
 
     /// Whether it says that something went wrong.
     pub(crate) fn is_failure(self) -> bool {
@@ -59,7 +61,11 @@ impl Reason {
             Self::SUCCESS => 0,
             Self::UNSUPPORTED_VERSION => 1,
             Self::CLIENT_ID_NOT_VALID => 2,
-            Self::SERVER_BUSY | Self::SERVER_SHUTTING_DOWN | Self::QUOTA_EXCEEDED => 3,
+            Self::SERVER_BUSY
+            | Self::SERVER_SHUTTING_DOWN
+            | Self::USE_ANOTHER_SERVER
+            | Self::SERVER_MOVED
+            | Self::QUOTA_EXCEEDED => 3,
             Self::BAD_USER_NAME_OR_PASSWORD => 4,
             Self::NOT_AUTHORIZED => 5,
             _ => return None,

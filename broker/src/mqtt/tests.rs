@@ -77,6 +77,7 @@ impl Broker {
             store: None,
             durability: DurabilityRules::all(true),
             history: Vec::new(),
+            mqtt: crate::mqtt::settings::Settings::default(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -9,6 +9,7 @@ use super::*;
 
 fn outgoing<'a>(payload: &'a Bytes, ids: &'a [u32]) -> Outgoing<'a> {
     Outgoing {
+        alias: Alias::None,
         topic: "a/b",
         packet_id: 9,
         qos: Qos::AtLeastOnce,
