@@ -13,6 +13,10 @@ use toml::{Table, Value};
 
 use crate::model::ConfidenceRule;
 use crate::onnx::DEFAULT_LOAD_DEADLINE;
+use crate::upstream::openai::OpenAi;
+
+/// How often a server elsewhere is asked whether it is ready, unless configured otherwise.
+const DEFAULT_POLL: Duration = Duration::from_secs(1);
 
 /// Longest version of a model, in bytes.
 const MAX_VERSION_BYTES: usize = 128;
@@ -60,23 +64,58 @@ pub struct ConnectConfig {
     pub key: PathBuf,
 }
 
-/// `[[model]]`: one ONNX file, and how it is offered.
+/// `[[model]]`: one model, and how it is offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelConfig {
     /// `name`: what requests ask for. It follows the rules of topic names.
     pub name: String,
     /// `version`. Default: `"1"`.
     pub version: String,
-    /// `path`: the ONNX file.
-    pub path: PathBuf,
     /// `slots`: requests answered at once; the broker never sends more. Default: the number of
     /// cores.
     pub slots: NonZeroU32,
-    /// `confidence`, such as `{ output = "probabilities", kind = "max" }`: how sure an answer is.
-    /// Default: answers carry no confidence, and never escalate.
-    pub confidence: Option<ConfidenceRule>,
+    /// What answers: `path`, an ONNX file, or `upstream`, a server elsewhere.
+    pub source: ModelSource,
     /// `load_deadline`, such as `"30s"` or `"500ms"`: how long loading may take. Default: `"60s"`.
     pub load_deadline: Duration,
+}
+
+/// What answers the requests for a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// An ONNX file.
+    Onnx {
+        /// `path`: the file.
+        path: PathBuf,
+        /// `confidence`, such as `{ output = "probabilities", kind = "max" }`: how sure an answer is.
+        /// Default: answers carry no confidence, and never escalate.
+        confidence: Option<ConfidenceRule>,
+    },
+    /// `upstream.kind = "open-inference"`: a server of the Open Inference Protocol over gRPC.
+    OpenInference(UpstreamConfig),
+    /// `upstream.kind = "openai"`: an OpenAI-compatible server.
+    OpenAi(UpstreamConfig),
+}
+
+/// `[model.upstream]`: a model server elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    /// `url`, such as `http://127.0.0.1:8001` or `https://llm.example/v1`. Of an OpenAI-compatible
+    /// server with what comes before `/chat/completions`.
+    pub url: String,
+    /// `model`: the server's name for the model. Default: the name it is offered under.
+    pub model: String,
+    /// `version`: the server's version of the model. Default: any. Not for OpenAI.
+    pub version: String,
+    /// `ca`: PEM file of the authorities of the server; for https.
+    pub ca: Option<PathBuf>,
+    /// `token_file`: file with a bearer token, or API key, for the server.
+    pub token_file: Option<PathBuf>,
+    /// `operations`: `chat.completions`, `completions` and `embeddings`, or some of them. Default: the
+    /// first. Only for OpenAI.
+    pub operations: Vec<String>,
+    /// `poll`, such as `"500ms"`: how often the server is asked whether it is ready. Default: `"1s"`.
+    pub poll: Duration,
 }
 
 /// Why a configuration was refused.
@@ -190,7 +229,10 @@ impl Reader<'_> {
             Some(Value::Array(values)) if !values.is_empty() => Some(self.models(values)),
             Some(other) => self.problem(
                 "model",
-                format!("expected [[model]] at least once, found {}", kind(&other)),
+                format!(
+                    "expected [[model]] at least once, found {}",
+                    kind_name(&other)
+                ),
             ),
             None => self.problem("model", "expected [[model]] at least once, found none"),
         };
@@ -269,7 +311,7 @@ impl Reader<'_> {
                 format!("expected 1 to {MAX_VERSION_BYTES} bytes of text, found {version:?}"),
             ),
         };
-        let path = self.file(&mut section, "path");
+        let upstream = section.take("upstream");
         let slots = match section.take("slots") {
             None => Some(cores()),
             Some(value) => match value.as_integer().map(u32::try_from) {
@@ -280,14 +322,12 @@ impl Reader<'_> {
                 ),
             },
         };
-        let confidence = match section.take("confidence") {
-            None => Some(None),
+        let source = match upstream {
+            None => self.onnx(&mut section),
             Some(value) => {
-                let at = section.key("confidence");
+                let at = section.key("upstream");
                 let table = self.table(&at, value);
-                table
-                    .and_then(|table| self.confidence(&at, table))
-                    .map(Some)
+                table.and_then(|table| self.upstream(&at, table, name.as_deref()))
             }
         };
         let load_deadline = match self.optional_text(&mut section, "load_deadline") {
@@ -304,11 +344,92 @@ impl Reader<'_> {
         Some(ModelConfig {
             name: name?,
             version: version?,
-            path: path?,
             slots: slots?,
-            confidence: confidence?,
+            source: source?,
             load_deadline: load_deadline?,
         })
+    }
+
+    fn onnx(&mut self, section: &mut Section) -> Option<ModelSource> {
+        let path = self.file(section, "path");
+        let confidence = match section.take("confidence") {
+            None => Some(None),
+            Some(value) => {
+                let at = section.key("confidence");
+                let table = self.table(&at, value);
+                table
+                    .and_then(|table| self.confidence(&at, table))
+                    .map(Some)
+            }
+        };
+        Some(ModelSource::Onnx {
+            path: path?,
+            confidence: confidence?,
+        })
+    }
+
+    fn upstream(&mut self, at: &str, table: Table, name: Option<&str>) -> Option<ModelSource> {
+        let mut section = Section::new(format!("{at}."), table);
+        let kind = self.text(&mut section, "kind").and_then(|kind| {
+            let source: fn(UpstreamConfig) -> ModelSource = match kind.as_str() {
+                "open-inference" => ModelSource::OpenInference,
+                "openai" => ModelSource::OpenAi,
+                other => {
+                    return self.problem(
+                        &section.key("kind"),
+                        format!("expected \"open-inference\" or \"openai\", found {other:?}"),
+                    );
+                }
+            };
+            Some(source)
+        });
+        let url = self.text(&mut section, "url");
+        let model = self.optional_text(&mut section, "model");
+        let version = self.optional_text(&mut section, "version");
+        let ca = self.optional_file(&mut section, "ca");
+        let token_file = self.optional_file(&mut section, "token_file");
+        let mut operations = Vec::new();
+        match section.take("operations") {
+            None => {}
+            Some(Value::Array(values)) => {
+                for value in values {
+                    match value.as_str().filter(|name| OpenAi::knows(name)) {
+                        Some(operation) => operations.push(operation.to_owned()),
+                        None => {
+                            let message = format!(
+                                "expected chat.completions, completions or embeddings, found {value}"
+                            );
+                            self.problem::<()>(&section.key("operations"), message);
+                        }
+                    }
+                }
+            }
+            Some(other) => {
+                let message = format!("expected an array, found {}", kind_name(&other));
+                self.problem::<()>(&section.key("operations"), message);
+            }
+        }
+        let poll = match self.optional_text(&mut section, "poll") {
+            None => Some(DEFAULT_POLL),
+            Some(text) => match duration(&text) {
+                Some(poll) => Some(poll),
+                None => self.problem(
+                    &section.key("poll"),
+                    format!("expected a time over zero such as 1s or 500ms, found {text:?}"),
+                ),
+            },
+        };
+        self.finish(&section);
+        let config = UpstreamConfig {
+            url: url?,
+            model: model.or_else(|| name.map(str::to_owned))?,
+            version: version.unwrap_or_default(),
+            ca,
+            token_file,
+            operations,
+            poll: poll?,
+        };
+        Some(kind?(config))
     }
 
     fn confidence(&mut self, at: &str, table: Table) -> Option<ConfidenceRule> {
@@ -338,7 +459,7 @@ impl Reader<'_> {
     fn table(&mut self, at: &str, value: Value) -> Option<Table> {
         match value {
             Value::Table(table) => Some(table),
-            other => self.problem(at, format!("expected a table, found {}", kind(&other))),
+            other => self.problem(at, format!("expected a table, found {}", kind_name(&other))),
         }
     }
 
@@ -355,8 +476,17 @@ impl Reader<'_> {
             Value::String(text) => Some(text),
             other => self.problem(
                 &section.key(key),
-                format!("expected a string, found {}", kind(&other)),
+                format!("expected a string, found {}", kind_name(&other)),
             ),
+        }
+    }
+
+    fn optional_file(&mut self, section: &mut Section, key: &'static str) -> Option<PathBuf> {
+        if section.table.contains_key(key) {
+            self.file(section, key)
+        } else {
+            section.known.push(key);
+            None
         }
     }
 
@@ -429,7 +559,7 @@ fn duration(text: &str) -> Option<Duration> {
     }
 }
 
-fn kind(value: &Value) -> String {
+fn kind_name(value: &Value) -> String {
     match value {
         Value::Array(values) if values.is_empty() => "an empty array".to_owned(),
         value => format!("a value of type {}", value.type_str()),

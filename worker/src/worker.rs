@@ -11,14 +11,18 @@ use selvedge_client::{
     ModelRegistration, Options, OptionsError, Status, Tier, WorkError, WorkerHandle,
 };
 use selvedge_proto::inference::{decode_tensors, encode_tensors};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{WorkerConfig, cores};
-use crate::model::{CancelFlag, Inference, InputError, Model, ModelError, Tensor};
+use crate::config::{ModelSource, WorkerConfig, cores};
+use crate::engine::{self, Capacity, Engine, MESSAGES, Reply};
+use crate::model::{CancelFlag, Inference, InputError, Model, ModelError, Tensor, TensorSpec};
 use crate::onnx::{LoadError, OnnxModel};
+use crate::upstream::UpstreamError;
+use crate::upstream::open_inference::OpenInference;
+use crate::upstream::openai::OpenAi;
 
 /// How long [`Worker::shutdown`] waits for requests in hand unless told otherwise.
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
@@ -63,8 +67,17 @@ impl ModelSpec {
 pub struct WorkerOptions {
     client: Options,
     tier: Tier,
-    models: Vec<(ModelSpec, Arc<dyn Model>)>,
+    models: Vec<(ModelSpec, Runs)>,
     drain: Duration,
+}
+
+/// What answers the requests for a model.
+#[derive(Clone)]
+enum Runs {
+    /// On a thread for each request.
+    Model(Arc<dyn Model>),
+    /// In its own time.
+    Engine(Arc<dyn Engine>),
 }
 
 impl WorkerOptions {
@@ -82,7 +95,14 @@ impl WorkerOptions {
     /// Adds a model.
     #[must_use]
     pub fn model(mut self, spec: ModelSpec, model: Arc<dyn Model>) -> Self {
-        self.models.push((spec, model));
+        self.models.push((spec, Runs::Model(model)));
+        self
+    }
+
+    /// Adds a model that an engine answers for.
+    #[must_use]
+    pub fn engine(mut self, spec: ModelSpec, engine: Arc<dyn Engine>) -> Self {
+        self.models.push((spec, Runs::Engine(engine)));
         self
     }
 
@@ -107,11 +127,26 @@ impl WorkerOptions {
         let mut options = WorkerOptions::new(client, config.tier);
         let mut failures = Vec::new();
         for model in &config.models {
-            let (path, confidence) = (model.path.clone(), model.confidence.clone());
             let deadline = model.load_deadline;
-            let loaded = spawn_blocking(move || OnnxModel::load(path, confidence, deadline))
-                .await
-                .expect("loading catches its own panics");
+            let loaded = match &model.source {
+                ModelSource::Onnx { path, confidence } => {
+                    let (path, confidence) = (path.clone(), confidence.clone());
+                    spawn_blocking(move || OnnxModel::load(path, confidence, deadline))
+                        .await
+                        .expect("loading catches its own panics")
+                        .map(|model| Runs::Model(Arc::new(model)))
+                        .map_err(LoadFailure::from)
+                }
+                ModelSource::OpenInference(upstream) => {
+                    Box::pin(OpenInference::load(upstream, model.slots.get(), deadline))
+                        .await
+                        .map(|engine| Runs::Engine(engine))
+                        .map_err(LoadFailure::from)
+                }
+                ModelSource::OpenAi(upstream) => OpenAi::new(upstream, model.slots.get())
+                    .map(|engine| Runs::Engine(engine))
+                    .map_err(LoadFailure::from),
+            };
             match loaded {
                 Ok(loaded) => {
                     let spec = ModelSpec {
@@ -119,7 +154,7 @@ impl WorkerOptions {
                         version: model.version.clone(),
                         slots: model.slots,
                     };
-                    options = options.model(spec, Arc::new(loaded));
+                    options.models.push((spec, loaded));
                 }
                 Err(failure) => failures.push(failure),
             }
@@ -132,6 +167,17 @@ impl WorkerOptions {
     }
 }
 
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadFailure {
+    /// An ONNX file.
+    #[error(transparent)]
+    Onnx(#[from] LoadError),
+    /// A server elsewhere.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+}
+
 /// Why a worker did not start. Nothing is left running or registered.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -140,7 +186,7 @@ pub enum StartError {
     Options(#[from] OptionsError),
     /// These models could not be loaded; the others could.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
-    Load(Vec<LoadError>),
+    Load(Vec<LoadFailure>),
     /// A worker needs a model.
     #[error("expected at least one model, found none")]
     NoModels,
@@ -224,8 +270,8 @@ impl Worker {
         let counters = Arc::new(Counters::default());
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        for (spec, model) in models {
-            let handle = match client.work(registration(&spec, tier, &*model)).await {
+        for (spec, runs) in models {
+            let handle = match client.work(registration(&spec, tier, &runs)).await {
                 Ok(handle) => handle,
                 Err(source) => {
                     client.close().await;
@@ -241,10 +287,14 @@ impl Worker {
                 slots = spec.slots,
                 "model offered"
             );
+            let capacity = match &runs {
+                Runs::Model(_) => None,
+                Runs::Engine(engine) => Some(engine.capacity()),
+            };
             let served = Served {
                 slots: Slots::new(spec.slots),
                 spec,
-                model,
+                runs,
                 counters: Arc::clone(&counters),
             };
             let serve = Serve {
@@ -254,6 +304,7 @@ impl Worker {
                 drain,
                 requests: JoinSet::new(),
                 service: ServiceTime::default(),
+                capacity,
             };
             tasks.spawn(serve.run());
         }
@@ -300,16 +351,26 @@ impl Worker {
     }
 }
 
-fn registration(spec: &ModelSpec, tier: Tier, model: &dyn Model) -> ModelRegistration {
-    let signature = model.signature();
+fn registration(spec: &ModelSpec, tier: Tier, runs: &Runs) -> ModelRegistration {
+    let (inputs, outputs, loaded) = match runs {
+        Runs::Model(model) => {
+            let signature = model.signature();
+            let wire = |specs: &[TensorSpec]| specs.iter().map(Into::into).collect();
+            (wire(&signature.inputs), wire(&signature.outputs), true)
+        }
+        Runs::Engine(engine) => {
+            let loaded = engine.capacity().borrow().loaded;
+            (engine.inputs(), engine.outputs(), loaded)
+        }
+    };
     ModelRegistration {
         model: spec.name.clone(),
         version: spec.version.clone(),
         tier,
         slots: spec.slots.get(),
-        inputs: signature.inputs.iter().map(Into::into).collect(),
-        outputs: signature.outputs.iter().map(Into::into).collect(),
-        loaded: true,
+        inputs,
+        outputs,
+        loaded,
         service_time: None,
     }
 }
@@ -324,10 +385,16 @@ struct Serve {
     /// One task for each request in hand, at most two for each slot; each gives its compute time.
     requests: JoinSet<Option<Duration>>,
     service: ServiceTime,
+    /// What an engine can take; for others always the slots of the specification.
+    capacity: Option<watch::Receiver<Capacity>>,
 }
 
 impl Serve {
     async fn run(mut self) {
+        // A server that is not there yet has no room from the first moment on.
+        if self.capacity.is_some() {
+            self.handle.report(self.report());
+        }
         loop {
             tokio::select! {
                 // Stopping comes before new work, and a request that ended before one that
@@ -335,6 +402,7 @@ impl Serve {
                 biased;
                 () = self.stop.cancelled() => break,
                 Some(ended) = self.requests.join_next() => self.ended(ended),
+                () = changed(&mut self.capacity) => self.handle.report(self.report()),
                 request = self.handle.next() => match request {
                     Some(request) => {
                         self.requests.spawn(answer(request, Arc::clone(&self.served)));
@@ -353,7 +421,10 @@ impl Serve {
     /// Lets requests in hand end. Those that the broker sent before it knew are turned away, and
     /// it places them elsewhere.
     async fn finish(&mut self) {
-        self.handle.report(self.report(0));
+        self.handle.report(LoadReport {
+            slots: 0,
+            ..self.report()
+        });
         let deadline = tokio::time::sleep(self.drain);
         tokio::pin!(deadline);
         while !self.requests.is_empty() {
@@ -377,8 +448,7 @@ impl Serve {
         match ended {
             Ok(Some(compute)) => {
                 if self.service.measure(compute) {
-                    self.handle
-                        .report(self.report(self.served.spec.slots.get()));
+                    self.handle.report(self.report());
                 }
             }
             Ok(None) => {}
@@ -386,10 +456,12 @@ impl Serve {
         }
     }
 
-    fn report(&self, slots: u32) -> LoadReport {
+    fn report(&self) -> LoadReport {
+        let most = self.served.spec.slots.get();
+        let capacity = self.capacity.as_ref().map(|capacity| *capacity.borrow());
         LoadReport {
-            slots,
-            loaded: true,
+            slots: capacity.map_or(most, |capacity| capacity.slots.min(most)),
+            loaded: capacity.is_none_or(|capacity| capacity.loaded),
             service_time: self.service.smoothed,
             queue_depth: self.served.slots.waiting(),
         }
@@ -399,9 +471,19 @@ impl Serve {
 /// What the requests of one model share.
 struct Served {
     spec: ModelSpec,
-    model: Arc<dyn Model>,
+    runs: Runs,
     slots: Slots,
     counters: Arc<Counters>,
+}
+
+/// Waits until what an engine can take has changed.
+async fn changed(capacity: &mut Option<watch::Receiver<Capacity>>) {
+    if let Some(capacity) = capacity
+        && capacity.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 /// Answers one request. Gives the time the model took when it answered.
@@ -418,6 +500,13 @@ async fn answer(mut request: IncomingInference, served: Arc<Served>) -> Option<D
         return None;
     };
 
+    let model = match &served.runs {
+        Runs::Model(model) => Arc::clone(model),
+        Runs::Engine(engine) => {
+            let engine = Arc::clone(engine);
+            return Box::pin(stream(request, &served, engine, admission, arrived)).await;
+        }
+    };
     let inputs = match read(&mut request).await {
         Ok(inputs) => inputs,
         Err(Unread::Ended(reason)) => {
@@ -446,7 +535,7 @@ async fn answer(mut request: IncomingInference, served: Arc<Served>) -> Option<D
             spawn_blocking(move || {
                 let _slot = slot;
                 let started = Instant::now();
-                let result = served.model.infer(inputs, &cancelled);
+                let result = model.infer(inputs, &cancelled);
                 (result, started.duration_since(arrived), started.elapsed())
             })
             .await
@@ -498,6 +587,103 @@ async fn answer(mut request: IncomingInference, served: Arc<Served>) -> Option<D
             end(request, Status::new(Code::Internal, "the model panicked")).await;
             None
         }
+    }
+}
+
+/// Answers one request by an engine, which may answer in many messages. Gives the time until the
+/// first of them when it answered well.
+async fn stream(
+    mut request: IncomingInference,
+    served: &Served,
+    engine: Arc<dyn Engine>,
+    admission: Admission,
+    arrived: Instant,
+) -> Option<Duration> {
+    let counters = &served.counters;
+    let payload = match request.request().await {
+        Ok(payload) => payload,
+        Err(error) if error.code() == Code::InvalidArgument => {
+            counters.invalid.fetch_add(1, Ordering::Relaxed);
+            end(request, Status::new(error.code(), error.to_string())).await;
+            return None;
+        }
+        Err(_) => {
+            counters.cancelled.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+    };
+    let asked = engine::Request {
+        id: request.request_id().to_owned(),
+        payload,
+        parameters: request.parameters().to_vec(),
+        deadline: request.deadline(),
+        traceparent: request.traceparent().to_owned(),
+    };
+    let (sender, mut messages) = mpsc::channel(MESSAGES);
+    let slot = tokio::select! {
+        slot = served.slots.compute() => slot,
+        () = request.cancelled() => {
+            counters.cancelled.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+    };
+    let begun = Instant::now();
+    let queue = begun.duration_since(arrived);
+    let mut answering = engine.answer(asked, Reply(sender));
+    let mut outcome = None;
+    let mut first = None;
+    loop {
+        tokio::select! {
+            // What is there is sent, before the end is.
+            biased;
+            Some(message) = messages.recv() => {
+                let compute = *first.get_or_insert_with(|| begun.elapsed());
+                let info = AnswerInfo { queue, compute, ..AnswerInfo::default() };
+                let sent = match request.answer(info).await {
+                    Ok(()) => request.send(message).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = sent {
+                    debug!(model = served.spec.name, "answer not sent: {error}");
+                    counters.cancelled.fetch_add(1, Ordering::Relaxed);
+                    // Too large a message ends the request; one that was given up has ended.
+                    end(request, Status::new(error.code(), error.to_string())).await;
+                    return None;
+                }
+            }
+            ended = &mut answering, if outcome.is_none() => outcome = Some(ended),
+            () = request.cancelled() => {
+                // Dropping the answer stops the work for it.
+                counters.cancelled.fetch_add(1, Ordering::Relaxed);
+                return None;
+            }
+            else => break,
+        }
+        if outcome.is_some() && messages.is_empty() {
+            break;
+        }
+    }
+    drop(answering);
+    drop((slot, admission));
+    match outcome {
+        Some(Ok(())) => {
+            counters.answered.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = request.finish().await {
+                debug!(model = served.spec.name, "answer not ended: {error}");
+            }
+            Some(begun.elapsed())
+        }
+        Some(Err(status)) => {
+            let counter = match status.code {
+                Code::InvalidArgument => &counters.invalid,
+                Code::Cancelled => &counters.cancelled,
+                _ => &counters.failed,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+            end(request, status).await;
+            None
+        }
+        None => None,
     }
 }
 

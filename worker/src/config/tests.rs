@@ -58,23 +58,102 @@ fn a_configuration_is_read_with_its_defaults() {
             ModelConfig {
                 name: "digits".to_owned(),
                 version: "1".to_owned(),
-                path: PathBuf::from("/home/digits.onnx"),
                 slots: cores(),
-                confidence: None,
+                source: ModelSource::Onnx {
+                    path: PathBuf::from("/home/digits.onnx"),
+                    confidence: None,
+                },
                 load_deadline: Duration::from_secs(60),
             },
             ModelConfig {
                 name: "line/defects".to_owned(),
                 version: "2026-05".to_owned(),
-                path: PathBuf::from("/home/defects.onnx"),
                 slots: NonZeroU32::new(3).unwrap(),
-                confidence: Some(ConfidenceRule::Max {
-                    output: "probabilities".to_owned()
-                }),
+                source: ModelSource::Onnx {
+                    path: PathBuf::from("/home/defects.onnx"),
+                    confidence: Some(ConfidenceRule::Max {
+                        output: "probabilities".to_owned(),
+                    }),
+                },
                 load_deadline: Duration::from_millis(500),
             },
         ]
     );
+}
+
+const HEAD: &str = r#"
+tier = "cloud"
+[connect]
+broker = "broker.example"
+ca = "ca.pem"
+cert = "worker.pem"
+key = "worker.key"
+"#;
+
+#[test]
+fn a_model_may_be_on_a_server_elsewhere() {
+    let text = format!(
+        r#"{HEAD}
+[[model]]
+name = "vision/defects"
+[model.upstream]
+kind = "open-inference"
+url = "http://triton:8001"
+model = "defects"
+[[model]]
+name = "smol"
+[model.upstream]
+kind = "openai"
+url = "https://llm.example/v1"
+ca = "llm-ca.pem"
+token_file = "llm-key"
+operations = ["chat.completions", "embeddings"]
+poll = "500ms"
+"#
+    );
+    let config = WorkerConfig::parse(&text, Path::new("/home"), |_| true).unwrap();
+    let ModelSource::OpenInference(triton) = &config.models[0].source else {
+        panic!("{config:?}");
+    };
+    assert_eq!(
+        (triton.model.as_str(), triton.poll),
+        ("defects", Duration::from_secs(1))
+    );
+    let ModelSource::OpenAi(llm) = &config.models[1].source else {
+        panic!("{config:?}");
+    };
+    assert_eq!((llm.model.as_str(), llm.operations.len()), ("smol", 2));
+    assert_eq!(llm.token_file.as_deref(), Some(Path::new("/home/llm-key")));
+}
+
+#[test]
+fn a_server_elsewhere_is_checked() {
+    let text = format!(
+        r#"{HEAD}
+[[model]]
+name = "m"
+path = "m.onnx"
+[model.upstream]
+kind = "triton"
+url = "http://triton:8001"
+operations = ["chat"]
+poll = "0s"
+urk = 1
+"#
+    );
+    let found = WorkerConfig::parse(&text, Path::new("/home"), |_| true).unwrap_err();
+    let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let expected = [
+        "model[0].upstream.kind: expected \"open-inference\" or \"openai\", found \"triton\"",
+        "model[0].upstream.operations: expected chat.completions, completions or embeddings, found",
+        "model[0].upstream.poll: expected a time over zero",
+        "model[0].upstream.urk: unknown key",
+        "model[0].path: unknown key",
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert!(found.starts_with(expected), "{found}");
+    }
 }
 
 #[test]
@@ -116,7 +195,7 @@ load_deadline = "0s"
         "model[0].slots: expected a number from 1 to 4294967295, found 0",
         r#"model[0].confidence.kind: expected "max", found "min""#,
         r#"model[0].load_deadline: expected a time over zero such as 30s or 500ms, found "soon""#,
-        "model[0].path_: unknown key; expected one of name, version, path, slots, confidence, load_deadline",
+        "model[0].path_: unknown key; expected one of name, version, upstream, slots, path, confidence, load_deadline",
         r#"model[1].version: expected 1 to 128 bytes of text, found """#,
         "model[1].slots: expected a number from 1 to 4294967295, found -1",
         "model[1].confidence: expected a table, found a value of type string",
