@@ -1,6 +1,7 @@
 //! The front door: inference by the Open Inference Protocol and the OpenAI API.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +16,12 @@ use selvedge_client::{
 use selvedge_proto::inference::{TensorSpec, decode_tensors};
 use selvedge_proto::open_inference as oip;
 use selvedge_tests::broker::OPEN;
-use selvedge_tests::wait::within;
+use selvedge_tests::wait::{eventually, within};
 use selvedge_tests::{GrpcPeer, HttpPeer, TestBroker};
+use selvedge_worker::config::UpstreamConfig;
 use selvedge_worker::model::ConfidenceRule;
+use selvedge_worker::upstream::open_inference::OpenInference;
+use selvedge_worker::upstream::openai::OpenAi;
 use selvedge_worker::{ModelSpec, OnnxModel, Worker, WorkerOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -836,4 +840,159 @@ async fn what_is_too_large_or_wrong_is_refused_before_a_worker_sees_it() {
     assert_eq!((status, error["message"].as_str()), (400, Some(expected)));
     let arrived = tokio::time::timeout(Duration::from_millis(50), worker.next()).await;
     assert!(arrived.is_err(), "the worker was asked");
+}
+
+/// Where and as whom to ask a door as a model server.
+fn upstream(front: &Front, url: String, model: &str) -> UpstreamConfig {
+    let token_file = front.folder.path().join("token");
+    std::fs::write(&token_file, &front.token).unwrap();
+    UpstreamConfig {
+        url,
+        model: model.to_owned(),
+        version: String::new(),
+        ca: None,
+        token_file: Some(token_file),
+        operations: Vec::new(),
+        poll: Duration::from_millis(20),
+    }
+}
+
+/// A door to a fabric whose workers ask another door, by both protocols.
+async fn chained(there: &Front) -> (Front, Worker) {
+    let here = Front::open().await;
+    let grpc = format!("http://{}", there.addresses.grpc.unwrap());
+    let http = format!("http://{}/v1", there.addresses.http.unwrap());
+    let echo = upstream(there, grpc, "echo");
+    let loading = OpenInference::load(&echo, 4, Duration::from_secs(20));
+    let tensors = within("the model's signature", loading).await.unwrap();
+    let chat = OpenAi::new(&upstream(there, http, "smol"), 4).unwrap();
+    let client = here.broker.options(here.broker.device("adapter"));
+    let four = NonZeroU32::new(4).unwrap();
+    let options = WorkerOptions::new(client, Tier::Cloud)
+        .engine(ModelSpec::new("far/echo").slots(four), tensors)
+        .engine(ModelSpec::new("far/smol").slots(four), chat);
+    let worker = Worker::start(options).await.unwrap();
+    (here, worker)
+}
+
+#[tokio::test]
+async fn a_worker_may_ask_a_model_server_elsewhere() {
+    let there = Front::open().await;
+    let edge = there.broker.client("edge-1").await;
+    let _echo = echo(&edge).await;
+    let mut smol = edge.work(chat("smol")).await.unwrap();
+    let (here, worker) = chained(&there).await;
+
+    let mut grpc = here.grpc().await;
+    let request = here.request(float("far/echo", &[1.0, 2.5]));
+    let answer: oip::ModelInferResponse = call(&mut grpc, "ModelInfer", request).await.unwrap();
+    let expected = float("", &[1.0, 2.5]).raw_input_contents;
+    assert_eq!(answer.raw_output_contents, expected);
+    assert_eq!(
+        text(&answer, "worker"),
+        "spiffe://test.example/acme/plant-1/adapter"
+    );
+
+    // A stream comes through event by event, with the server's name for the model.
+    let bearer = here.bearer();
+    let headers = [("authorization", bearer.as_str())];
+    let body = json!({"model": "far/smol", "stream": true, "messages": []}).to_string();
+    let mut http = here.http().await;
+    let asked = http.begin("POST", "/v1/chat/completions", &headers, body.clone());
+    let (answer, mut asked) = tokio::join!(asked, async {
+        let mut asked = incoming(&mut smol).await;
+        let payload: Value = serde_json::from_slice(&asked.request().await.unwrap()).unwrap();
+        assert_eq!(payload["model"], "smol");
+        asked.send("{\"n\":1}").await.unwrap();
+        asked
+    });
+    let mut events = answer.unwrap().into_body().into_data_stream();
+    assert_eq!(
+        within("an event", events.next()).await.unwrap().unwrap(),
+        "data: {\"n\":1}\n\n"
+    );
+    asked.send("{\"n\":2}").await.unwrap();
+    assert_eq!(
+        within("an event", events.next()).await.unwrap().unwrap(),
+        "data: {\"n\":2}\n\n"
+    );
+    asked.finish().await.unwrap();
+    assert_eq!(
+        within("the end", events.next()).await.unwrap().unwrap(),
+        "data: [DONE]\n\n"
+    );
+
+    // One answer, and a refusal with its code and words.
+    let body = json!({"model": "far/smol", "messages": []}).to_string();
+    let whole = http.ask("POST", "/v1/chat/completions", &headers, body.clone());
+    let (answer, ()) = tokio::join!(whole, async {
+        let mut asked = incoming(&mut smol).await;
+        asked.request().await.unwrap();
+        asked
+            .reply(AnswerInfo::default(), "{\"choices\":[]}")
+            .await
+            .unwrap();
+    });
+    assert_eq!(answer.unwrap().body(), "{\"choices\":[]}");
+    let refused = http.ask("POST", "/v1/chat/completions", &headers, body.clone());
+    let (answer, ()) = tokio::join!(refused, async {
+        let asked = incoming(&mut smol).await;
+        let wrong =
+            selvedge_client::Status::new(selvedge_client::Code::InvalidArgument, "no messages");
+        asked.fail(wrong).await.unwrap();
+    });
+    let answer = answer.unwrap();
+    assert_eq!(answer.status(), StatusCode::BAD_REQUEST);
+    let error: Value = serde_json::from_slice(answer.body()).unwrap();
+    let said = error["error"]["message"].as_str().unwrap();
+    assert!(said.ends_with("400 Bad Request: no messages"), "{said}");
+
+    // Who gives up stops the work at the far end.
+    let mut http = here.http().await;
+    let given_up = AbortOnDropHandle::new(tokio::spawn(async move {
+        let headers = [("authorization", bearer.as_str())];
+        http.ask("POST", "/v1/chat/completions", &headers, body)
+            .await
+    }));
+    let asked = incoming(&mut smol).await;
+    drop(given_up);
+    within(
+        "the far worker to hear that nobody waits",
+        asked.cancelled(),
+    )
+    .await;
+    worker.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_model_server_that_is_gone_gets_no_requests_until_it_is_back() {
+    let mut there = Front::open().await;
+    let edge = there.broker.client("edge-1").await;
+    let echoing = echo(&edge).await;
+    let _smol = edge.work(chat("smol")).await.unwrap();
+    let (here, worker) = chained(&there).await;
+    let slots = async || {
+        let status: Value = serde_json::from_str(&here.broker.get("/api/status").await).unwrap();
+        let models = status["tenants"][0]["models"].as_array().unwrap().clone();
+        let slots = |name: &str| {
+            let found = models.iter().find(|model| model["model"] == name).unwrap();
+            found["slots"].as_u64().unwrap()
+        };
+        (slots("far/echo"), slots("far/smol"))
+    };
+    let reach = async |expected: (u64, u64)| {
+        eventually("the slots to follow the servers", || async {
+            (slots().await == expected).then_some(())
+        })
+        .await;
+    };
+    reach((4, 4)).await;
+    // The model is withdrawn at the server, which is still there.
+    drop(echoing);
+    reach((0, 4)).await;
+    let _echoing = echo(&edge).await;
+    reach((4, 4)).await;
+    there.broker.stop().await;
+    reach((0, 0)).await;
+    worker.shutdown().await;
 }
