@@ -50,6 +50,11 @@ bridge-soak *args:
     cargo build --release -p selvedge-cli
     cargo run --release -p selvedge-tests --bin bridge-soak -- --binary {{ CARGO_TARGET_DIR }}/release/selvedge {{ args }}
 
+# MQTT clients of other makes, from their registries, against `selvedge dev`
+interop:
+    cargo build -p selvedge-cli
+    tests/interop/mqtt/run {{ CARGO_TARGET_DIR }}/debug/selvedge
+
 # Everything CI runs, in its order
 ci:
     @bash .ci/run

@@ -45,7 +45,7 @@ mod tests;
 use self::connect::Proof;
 use self::password::Passwords;
 use self::proxy::TrustedProxies;
-use self::websocket::Origins;
+use self::websocket::{Origins, OwnOrigin};
 use crate::revocation::Peer;
 
 /// ALPN protocol name of MQTT, over TLS and over QUIC.
@@ -324,6 +324,10 @@ where
     let upgrade = websocket::accept(
         stream,
         origins,
+        match &listener.mode {
+            Mode::Tls { .. } => OwnOrigin::Named,
+            Mode::Plaintext { .. } => OwnOrigin::Addressed,
+        },
         fabric.limits.max_frame_bytes,
         websocket::Report::new(&fabric.metrics, label, peer),
     );

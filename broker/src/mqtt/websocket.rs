@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -12,6 +12,7 @@ use futures_util::{Sink as _, Stream as _};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
+use tokio_tungstenite::tungstenite::http::uri::Authority;
 use tokio_tungstenite::tungstenite::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -38,7 +39,8 @@ const BEFORE_AN_ANSWER: usize = MAX_CONNECT + 64 * 1024;
 /// Which web pages may connect: a browser names the page's origin, other clients name none.
 ///
 /// A browser adds its user's client certificate to any page's connection, and reaches listeners that
-/// only its own machine does. So a page has to be named here to be let in.
+/// only its own machine does. So a page has to be named here to be let in. Some clients that are no
+/// browsers name the listener itself, which no page can where that is believed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origins(Arc<[Box<str>]>);
 
@@ -88,6 +90,35 @@ impl Origins {
     }
 }
 
+/// Whether the origin of the listener itself is believed: the host and port that the request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OwnOrigin {
+    /// Whatever the name: the certificate shows that it is the broker's.
+    Named,
+    /// When it is an address or `localhost`. Any other name may have come to mean this machine after a
+    /// page of that name was loaded.
+    Addressed,
+}
+
+impl OwnOrigin {
+    fn allows(self, origin: &[u8], host: Option<&[u8]>) -> bool {
+        let (Ok(origin), Some(Ok(host))) =
+            (std::str::from_utf8(origin), host.map(std::str::from_utf8))
+        else {
+            return false;
+        };
+        let same = (origin.split_once("://")).is_some_and(|(_, at)| at.eq_ignore_ascii_case(host));
+        let addressed = || {
+            let name = host.parse::<Authority>();
+            name.is_ok_and(|name| {
+                let name = name.host().trim_start_matches('[').trim_end_matches(']');
+                name.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost")
+            })
+        };
+        same && (self == Self::Named || addressed())
+    }
+}
+
 /// Why a connection does not become a WebSocket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UpgradeError {
@@ -128,6 +159,7 @@ impl UpgradeError {
 pub(crate) async fn accept<S>(
     stream: S,
     origins: &Origins,
+    own: OwnOrigin,
     max_packet: usize,
     report: Report,
 ) -> Result<WebSocket<S>, UpgradeError>
@@ -135,20 +167,20 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut refused = None;
-    let check = |request: &Request, mut response: Response| match check(request.headers(), origins)
-    {
-        Ok(()) => {
-            let chosen = HeaderValue::from_static(SUBPROTOCOL);
-            response
-                .headers_mut()
-                .insert(header::SEC_WEBSOCKET_PROTOCOL, chosen);
-            Ok(response)
-        }
-        Err(error) => {
-            refused = Some(error);
-            Err(refusal(error))
-        }
-    };
+    let check =
+        |request: &Request, mut response: Response| match check(request.headers(), origins, own) {
+            Ok(()) => {
+                let chosen = HeaderValue::from_static(SUBPROTOCOL);
+                response
+                    .headers_mut()
+                    .insert(header::SEC_WEBSOCKET_PROTOCOL, chosen);
+                Ok(response)
+            }
+            Err(error) => {
+                refused = Some(error);
+                Err(refusal(error))
+            }
+        };
     let limit = max_packet.saturating_add(BESIDE_A_PACKET);
     let config = WebSocketConfig::default()
         .read_buffer_size(READ)
@@ -174,9 +206,10 @@ where
     }
 }
 
-fn check(headers: &HeaderMap, origins: &Origins) -> Result<(), UpgradeError> {
+fn check(headers: &HeaderMap, origins: &Origins, own: OwnOrigin) -> Result<(), UpgradeError> {
     let mut pages = headers.get_all(header::ORIGIN).iter();
-    if !pages.all(|origin| origins.allow(origin.as_bytes())) {
+    let host = headers.get(header::HOST).map(HeaderValue::as_bytes);
+    if !pages.all(|page| origins.allow(page.as_bytes()) || own.allows(page.as_bytes(), host)) {
         return Err(UpgradeError::Origin);
     }
     let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();

@@ -33,7 +33,7 @@ async fn open(
     let origins = Origins::parse(&[PANEL]).unwrap();
     let (client, server) = tokio::join!(
         client_async(request, client),
-        accept(server, &origins, MAX_PACKET, report()),
+        accept(server, &origins, OwnOrigin::Addressed, MAX_PACKET, report()),
     );
     (client.map(|(client, _)| client), server)
 }
@@ -124,7 +124,7 @@ async fn who_is_not_answered_yet_sends_little() {
     let request = request().with_sub_protocol("mqtt");
     let (client, server) = tokio::join!(
         client_async(request, client),
-        accept(server, &origins, 16 << 20, report()),
+        accept(server, &origins, OwnOrigin::Addressed, 16 << 20, report()),
     );
     let (mut client, mut server) = (client.unwrap().0, server.unwrap());
     let large = Message::Binary(vec![0; BEFORE_AN_ANSWER].into());
@@ -140,7 +140,7 @@ async fn who_is_not_answered_yet_sends_little() {
     let request = self::request().with_sub_protocol("mqtt");
     let (client, server) = tokio::join!(
         client_async(request, client),
-        accept(server, &origins, 16 << 20, report()),
+        accept(server, &origins, OwnOrigin::Addressed, 16 << 20, report()),
     );
     let (mut client, mut server) = (client.unwrap().0, server.unwrap());
     server.write_all(b"CONNACK").await.unwrap();
@@ -209,20 +209,63 @@ async fn what_is_no_upgrade_is_refused() {
     ] {
         let (mut client, server) = duplex(4096);
         client.write_all(bytes).await.unwrap();
-        let accepted = accept(server, &Origins::default(), MAX_PACKET, report()).await;
+        let accepted = accept(
+            server,
+            &Origins::default(),
+            OwnOrigin::Addressed,
+            MAX_PACKET,
+            report(),
+        )
+        .await;
         assert_eq!(accepted.unwrap_err(), UpgradeError::NoUpgrade);
     }
     let (client, server) = duplex(4096);
     drop(client);
-    let accepted = accept(server, &Origins::default(), MAX_PACKET, report()).await;
+    let accepted = accept(
+        server,
+        &Origins::default(),
+        OwnOrigin::Addressed,
+        MAX_PACKET,
+        report(),
+    )
+    .await;
     assert_eq!(accepted.unwrap_err(), UpgradeError::NoUpgrade);
     // Half of a request is waited for.
     let (mut client, server) = duplex(4096);
     client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
     let origins = Origins::default();
-    let accepted = accept(server, &origins, MAX_PACKET, report());
+    let accepted = accept(server, &origins, OwnOrigin::Addressed, MAX_PACKET, report());
     let accepted = tokio::time::timeout(Duration::from_millis(20), accepted).await;
     assert!(accepted.is_err());
+}
+
+#[test]
+fn the_listeners_own_origin_is_believed_where_no_page_can_have_it() {
+    let allows = |own: OwnOrigin, origin: &str, host: &str| {
+        own.allows(origin.as_bytes(), Some(host.as_bytes()))
+    };
+    let both = [OwnOrigin::Named, OwnOrigin::Addressed];
+    for host in [
+        "127.0.0.1:8083",
+        "[::1]:8083",
+        "localhost:8083",
+        "LOCALHOST:8083",
+    ] {
+        for own in both {
+            assert!(
+                allows(own, &format!("https://{}", host.to_lowercase()), host),
+                "{host}"
+            );
+            assert!(!allows(own, "http://localhost:3000", host), "{host}");
+        }
+    }
+    let named = ("https://broker.example.org:8084", "broker.example.org:8084");
+    assert!(allows(OwnOrigin::Named, named.0, named.1));
+    assert!(!allows(OwnOrigin::Addressed, named.0, named.1));
+    for own in both {
+        assert!(!allows(own, "null", "null"));
+        assert!(!own.allows(b"https://localhost", None));
+    }
 }
 
 #[test]
