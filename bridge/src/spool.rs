@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
 
-use crate::journal::{Journal, Key, Op, Space};
+use crate::journal::{Journal, Key, Op, Records, Space};
 use record::Stored;
 
 pub(crate) mod record;
@@ -354,6 +354,7 @@ impl<W: Waiter> Spool<W> {
     pub(crate) fn consumer(&self) -> Consumer<W> {
         Consumer {
             spool: self.clone(),
+            reading: None,
             read: VecDeque::new(),
         }
     }
@@ -368,6 +369,9 @@ fn age(since: SystemTime) -> Duration {
 #[derive(Debug)]
 pub(crate) struct Consumer<W> {
     spool: Spool<W>,
+    /// Being read from the journal, and the number that the read ends at. Kept when the wait for the
+    /// next message is given up.
+    reading: Option<(u64, Records)>,
     /// Read from the journal and not taken yet.
     read: VecDeque<(u64, Vec<u8>)>,
 }
@@ -379,7 +383,8 @@ enum Source {
 }
 
 impl<W: Waiter> Consumer<W> {
-    /// The next message; waits until there is one. What it gave is in hand until it is settled.
+    /// The next message; waits until there is one, and loses nothing when the wait is given up. What it
+    /// gave is in hand until it is settled.
     pub(crate) async fn next(&mut self) -> (u64, Stored) {
         loop {
             while let Some((number, value)) = self.read.pop_front() {
@@ -393,6 +398,19 @@ impl<W: Waiter> Consumer<W> {
                         self.spool.state().read = number + 1;
                     }
                 }
+            }
+            if let Some((below, reading)) = &mut self.reading {
+                let records = match reading.await {
+                    Ok(records) => records,
+                    // The engine is gone; so is what it holds, for this process.
+                    Err(_) => std::future::pending().await,
+                };
+                if records.is_empty() {
+                    self.spool.state().read = *below;
+                }
+                self.reading = None;
+                self.read = records.into();
+                continue;
             }
             let arrived = self.spool.0.arrived.notified();
             tokio::pin!(arrived);
@@ -411,11 +429,8 @@ impl<W: Waiter> Consumer<W> {
                         continue;
                     };
                     let from = place.key(place.space, from);
-                    let records = journal.read(from, below, READ_BYTES).await;
-                    if records.is_empty() {
-                        self.spool.state().read = below;
-                    }
-                    self.read = records.into();
+                    let reading = journal.read(from, below, READ_BYTES).await;
+                    self.reading = Some((below, reading));
                 }
             }
         }

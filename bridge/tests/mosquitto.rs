@@ -154,6 +154,15 @@ impl Sensor {
             .await;
     }
 
+    async fn retain(&mut self, topic: &str) {
+        let (qos, properties) = (QoS::AtLeastOnce, PublishProperties::default());
+        self.client
+            .try_publish_with_properties(topic, qos, true, "21", properties)
+            .unwrap();
+        self.packet(|packet| matches!(packet, Packet::PubAck(_)))
+            .await;
+    }
+
     async fn message(&mut self) -> MqttPublish {
         match self
             .packet(|packet| matches!(packet, Packet::Publish(_)))
@@ -546,6 +555,96 @@ async fn a_flood_arrives_whole_and_in_order() {
         fed = soon(fed) => fed.unwrap(),
         _ = sensor.message() => panic!("nothing more should come"),
     }
+}
+
+/// Starts a bridge on the store of one that has just ended.
+async fn start_again(fabric: &Fabric, remotes: &str) -> Bridge {
+    soon(async {
+        loop {
+            match Bridge::start(fabric.config(remotes)).await {
+                // Its thread is about to let go of the folder.
+                Err(StartError::Store(_)) => tokio::task::yield_now().await,
+                started => return started.unwrap(),
+            }
+        }
+    })
+    .await
+}
+
+async fn get(address: SocketAddr, path: &str) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: bridge\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_takes_over_while_the_fabric_is_away_and_outlives_the_bridge() {
+    if !mosquitto::is_installed() {
+        return;
+    }
+    let (mosquitto, fabric) = (Mosquitto::start(""), Fabric::start().await);
+    let rules = rule("in", "sensors/#", "", "plant/") + "qos = 2\n";
+    let remotes = "[store]\nfolder = \"store\"\n[admin]\nlisten = \"127.0.0.1:0\"\n".to_owned()
+        + &remote("mosquitto", mosquitto.port, "5", &rules);
+    let bridge = fabric.bridge(&remotes).await;
+    let admin = bridge.admin().unwrap();
+    assert!(get(admin, "/readyz").await.starts_with("HTTP/1.1 200"));
+    let mut sensor = Sensor::connect(mosquitto.port, "sensor").await;
+
+    let Fabric {
+        authority,
+        dir,
+        server,
+        address,
+    } = fabric;
+    soon(server.shutdown()).await;
+    for number in 1..=3 {
+        sensor.retain(&format!("sensors/{number}")).await;
+    }
+    until(&bridge, |remote| remote.inward.kept == 3).await;
+    assert!(get(admin, "/readyz").await.starts_with("HTTP/1.1 503"));
+    let line = r#"selvedge_bridge_queued_messages{remote="mosquitto",direction="in"} 3"#;
+    let metrics = get(admin, "/metrics").await;
+    assert!(metrics.contains(line), "{metrics}");
+    drop(bridge);
+
+    // It comes back before the fabric does, and takes a message meanwhile.
+    let there = Fabric {
+        server: soon(serve(&authority, ([127, 0, 0, 1], 0).into())).await,
+        authority,
+        dir,
+        address,
+    };
+    let bridge = start_again(&there, &remotes).await;
+    sensor.retain("sensors/4").await;
+    until(&bridge, |remote| remote.inward.messages == 4).await;
+    assert!(!bridge.status()[0].fabric_connected);
+    let Fabric { authority, dir, .. } = there;
+    let fabric = Fabric {
+        server: soon(serve(&authority, address)).await,
+        authority,
+        dir,
+        address,
+    };
+    let app = fabric.client("app").await;
+    let mut readings = app.subscribe("plant/#").await.unwrap();
+    soon(bridge.ready()).await;
+    // Whether live or retained: each once.
+    let mut seen = Vec::new();
+    for _ in 1..=4 {
+        seen.push(next(&mut readings).await.topic.to_string());
+    }
+    seen.sort();
+    let expected: Vec<String> = (1..=4)
+        .map(|number| format!("plant/sensors/{number}"))
+        .collect();
+    assert_eq!(seen, expected);
+    until(&bridge, |remote| remote.inward.messages == 0).await;
+    soon(bridge.shutdown()).await;
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl Beside {
             error!(%reason, "the fabric turned a bridge away; it carries nothing more");
         });
         futures_util::future::join_all(watched).await;
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     /// Stops them all in good order.

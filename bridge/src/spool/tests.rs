@@ -162,3 +162,23 @@ async fn a_backlog_larger_than_memory_comes_in_order_and_what_is_left_survives()
     assert_eq!((number(&message), place), (MESSAGES, MESSAGES));
     drop(waiting);
 }
+
+#[tokio::test]
+async fn a_reader_that_is_always_interrupted_gets_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = open(Some(folder.path()), 1 << 30);
+    for number in 0..10 {
+        drop(append(&spool, number, 1 << 20).await);
+    }
+    let barrier = spool.place().journal.clone().unwrap();
+    barrier.commit(Vec::new()).await.await;
+    let mut consumer = spool.consumer();
+    let mut seen = Vec::new();
+    while seen.len() < 10 {
+        // Polled once and given up, as a branch of a select is when another is ready.
+        let next = futures_util::FutureExt::now_or_never(consumer.next());
+        seen.extend(next.map(|(_, stored)| number(&stored)));
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(seen, (0..10).collect::<Vec<_>>());
+}
