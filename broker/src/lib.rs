@@ -36,6 +36,7 @@ pub mod server;
 pub mod services;
 pub mod session;
 pub mod store;
+mod sys;
 mod system;
 pub mod tenant;
 

@@ -1,6 +1,7 @@
 //! What is given up: counted by reason, and remembered for a while for `selvedge explain`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::batch::Batch;
 use crate::explain::Explain;
@@ -46,12 +47,22 @@ impl Reason {
 pub struct Losses {
     metrics: Arc<Metrics>,
     explain: Arc<Explain>,
+    count: Arc<AtomicU64>,
 }
 
 impl Losses {
     /// Counts in `metrics`, remembers in `explain`.
     pub fn new(metrics: Arc<Metrics>, explain: Arc<Explain>) -> Self {
-        Self { metrics, explain }
+        Self {
+            metrics,
+            explain,
+            count: Arc::default(),
+        }
+    }
+
+    /// Messages given up so far.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
     }
 
     /// `count` messages of a batch will not reach `receiver`, or nobody for none.
@@ -60,6 +71,7 @@ impl Losses {
         if count == 0 {
             return;
         }
+        self.count.fetch_add(count.into(), Ordering::Relaxed);
         let counter = match reason {
             Reason::QueueFull => &self.metrics.dropped_overflow,
             Reason::Offline => &self.metrics.dropped_offline,

@@ -22,6 +22,7 @@ use crate::quota::Usage;
 use crate::router::{Choice, Group, Route};
 use crate::session::{Session, Subscriber};
 use crate::store::{Store, StoreError, Synced};
+use crate::sys;
 use crate::tenant::Tenant;
 
 /// Payloads from this size on are passed on as they were received instead of copied into a batch.
@@ -318,6 +319,16 @@ impl Publisher {
         // The generation first: if the policy is replaced in between, it is asked once more.
         let generation = self.fabric.policy_generation();
         let denial = match self.policy.now().decide(Verb::Publish, topic) {
+            Decision::Allowed { .. } if topic.as_str().starts_with(sys::PREFIX) => {
+                Some(Status::new(
+                    Code::PermissionDenied,
+                    format!(
+                        "publish on {:?} denied: topics that begin with {} are the broker's own",
+                        topic.as_str(),
+                        sys::PREFIX
+                    ),
+                ))
+            }
             Decision::Allowed { .. } => None,
             Decision::Denied(denial) => Some(denial.into()),
         };
@@ -610,6 +621,8 @@ impl Publisher {
         metrics
             .bytes_in
             .inc_by((batch.frames.len() + batch.payload.len()) as u64);
+        let bytes = (batch.frames.len() + batch.payload.len()) as u64;
+        self.usage.count_received(batch.count.into(), bytes);
         match topic.history.clone() {
             None => self.deliver(topic, batch, plan),
             Some(history) => {

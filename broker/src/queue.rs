@@ -577,6 +577,14 @@ impl DeliveryQueue {
             }
         }
         taken.owes = !inner.backlogs.is_empty();
+        if !taken.entries.is_empty() {
+            let batches = || taken.entries.iter().map(|entry| &entry.batch);
+            let messages = batches().map(|batch| u64::from(batch.count)).sum();
+            let bytes = batches()
+                .map(|batch| (batch.frames.len() + batch.payload.len()) as u64)
+                .sum();
+            self.owner.usage.count_sent(messages, bytes);
+        }
         if taken.entries.is_empty() && !inner.has_live() {
             inner.scheduled = false;
         }

@@ -4,7 +4,7 @@
 //! are not even counted where nothing limits them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
@@ -141,8 +141,55 @@ const BYTES: Which = |account| &account.bytes;
 struct TenantUsage {
     name: Arc<str>,
     account: Account,
+    received: Counted,
+    sent: Counted,
+    connections_made: AtomicU64,
     /// Counts what was refused, by [`Whose`] and [`Limit`].
     refused: [[Counter; Limit::ALL.len()]; 2],
+}
+
+#[derive(Debug, Default)]
+struct Counted {
+    messages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Counted {
+    fn add(&self, messages: u64, bytes: u64) {
+        self.messages.fetch_add(messages, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn now(&self) -> Volume {
+        Volume {
+            messages: self.messages.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Messages and their bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Volume {
+    /// Messages.
+    pub messages: u64,
+    /// Their bytes, frames and headers included.
+    pub bytes: u64,
+}
+
+/// A tenant's numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Figures {
+    /// Connections now.
+    pub connected: u64,
+    /// Connections so far.
+    pub connections_made: u64,
+    /// Subscriptions now.
+    pub subscriptions: u64,
+    /// What its members have published so far.
+    pub received: Volume,
+    /// What was handed to its members so far.
+    pub sent: Volume,
 }
 
 /// What one identity uses, all its sessions together.
@@ -200,7 +247,18 @@ impl Usage {
     pub fn connect(self: &Arc<Self>) -> Result<ConnectionHold, Status> {
         self.take(Limit::Connections, CONNECTIONS, 1)
             .map_err(|reached| self.refuse(reached))?;
+        self.tenant.connections_made.fetch_add(1, Ordering::Relaxed);
         Ok(ConnectionHold(Mutex::new(Some(Arc::clone(self)))))
+    }
+
+    /// Counts what was published.
+    pub(crate) fn count_received(&self, messages: u64, bytes: u64) {
+        self.tenant.received.add(messages, bytes);
+    }
+
+    /// Counts what was handed to a receiver.
+    pub(crate) fn count_sent(&self, messages: u64, bytes: u64) {
+        self.tenant.sent.add(messages, bytes);
     }
 
     /// Counts one more subscription.
@@ -418,12 +476,28 @@ impl Usages {
                     bytes: Meter::new(queue_bytes),
                     rate: publish_rate.map(|most| Rate::new(most, beginning)),
                 },
+                received: Counted::default(),
+                sent: Counted::default(),
+                connections_made: AtomicU64::new(0),
                 refused: [Whose::Identity, Whose::Tenant]
                     .map(|whose| Limit::ALL.map(|limit| metrics.limit_reached(limit.label(whose)))),
             }),
             limits: limits.clone(),
             beginning,
             held: DashMap::new(),
+        }
+    }
+
+    /// The tenant's numbers now.
+    pub fn figures(&self) -> Figures {
+        let tenant = &self.tenant;
+        let used = |meter: &Meter| meter.used.load(Ordering::Relaxed) as u64;
+        Figures {
+            connected: used(&tenant.account.connections),
+            connections_made: tenant.connections_made.load(Ordering::Relaxed),
+            subscriptions: used(&tenant.account.subscriptions),
+            received: tenant.received.now(),
+            sent: tenant.sent.now(),
         }
     }
 

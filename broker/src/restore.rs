@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use selvedge_certs::Identity;
@@ -13,9 +13,10 @@ use selvedge_proto::topic::{SubscribeTarget, TopicName};
 use crate::batch::{Batch, Flow};
 use crate::fabric::Fabric;
 use crate::queue::Overflow;
-use crate::session::{Session, SessionKey, SessionOptions};
+use crate::session::{Session, SessionKey, SessionOptions, Will};
 use crate::store::{
     Change, HistoryKey, Loaded, Store, StoredMessages, StoredSession, StoredSubscription,
+    StoredWill,
 };
 use crate::tenant::{RetainDelivery, SubscribeRequest, Tenant};
 
@@ -137,6 +138,16 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
         }
     }
 
+    for stored in loaded.wills {
+        let of = stored.session;
+        let what = format!("the will of {:?} of {}", stored.name, stored.identity);
+        let place = sessions.get(&stored.session);
+        if let Err(why) = restore_will(fabric, &store, place, stored) {
+            left_out.push(format!("{what}: {why}"));
+            store.put(Change::RemoveWill(of));
+        }
+    }
+
     let (kept, batches, retained) = counts;
     tracing::info!(
         sessions = kept,
@@ -198,6 +209,60 @@ fn restore_history(
             Err(why) => left_out.push(format!("history of {}: {why}", key.topic)),
         }
     }
+}
+
+/// Publishes the will of a session that was connected when the broker stopped, or whose delay was
+/// running: after what is left of the delay, unless its client comes back.
+fn restore_will(
+    fabric: &Arc<Fabric>,
+    store: &Store,
+    place: Option<&(Arc<Tenant>, Arc<Session>)>,
+    stored: StoredWill,
+) -> Result<(), String> {
+    fabric.skip_session_ids(stored.session);
+    let topic = TopicName::parse(stored.topic.as_str()).map_err(|error| error.to_string())?;
+    let delay = Duration::from_millis(stored.delay_ms);
+    let gone = stored
+        .lost_ms
+        .and_then(|ms| {
+            let lost = crate::store::from_unix_ms(ms);
+            SystemTime::now().duration_since(lost).ok()
+        })
+        .unwrap_or_default();
+    let will = Will {
+        topic,
+        payload: stored.payload,
+        qos: stored.qos,
+        retain: stored.retain,
+        delay,
+        header: stored.header,
+    };
+    let (tenant, session, delay) = match place {
+        Some((tenant, session)) => {
+            session.restore_will();
+            let left = delay.min(session.expiry()).saturating_sub(gone);
+            (Arc::clone(tenant), Arc::clone(session), left)
+        }
+        // It was not to be kept, and has ended with the broker.
+        None => {
+            let identity: Identity = stored.identity.parse().map_err(|e| format!("{e}"))?;
+            let tenant = fabric.tenant(&identity);
+            let session = Session::new(SessionOptions {
+                id: stored.session,
+                queue_limit: fabric.limits.queue_bytes,
+                losses: tenant.losses.clone(),
+                usage: tenant.usages.of(&identity),
+                store: Some(store.clone()),
+                key: SessionKey {
+                    identity,
+                    name: stored.name.as_str().into(),
+                },
+            });
+            (tenant, session, Duration::ZERO)
+        }
+    };
+    tenant.publish_will_after(fabric, &session, session.epoch(), will, delay);
+    Ok(())
 }
 
 fn restore_session(

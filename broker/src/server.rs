@@ -22,6 +22,7 @@ use crate::quic;
 use crate::restore;
 use crate::revocation::Review;
 use crate::store::{Loaded, Store, StoreError};
+use crate::sys;
 
 /// Time that connections have to end in good order when the broker stops.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -234,6 +235,7 @@ impl Server {
             listeners.push(tokio::spawn(admin::serve(Arc::clone(&fabric), listener)));
         }
         listeners.push(tokio::spawn(sweep(Arc::clone(&fabric))));
+        listeners.push(tokio::spawn(sys::publish(Arc::clone(&fabric))));
         tracing::info!(broker = %fabric.name, ?addresses, "the broker is ready");
         Ok(Self {
             fabric,

@@ -18,7 +18,7 @@ use crate::queue::{DeliveryQueue, Outbox, Overflow, Owner, QueueOptions, QueueSt
 use crate::quota::{ConnectionHold, Usage};
 use crate::router::Group;
 use crate::store::{
-    Change, QueueKey, Store, StoredPacket, StoredSession, StoredSubscription, unix_ms,
+    Change, QueueKey, Store, StoredPacket, StoredSession, StoredSubscription, StoredWill, unix_ms,
 };
 
 use self::packets::Packets;
@@ -140,6 +140,8 @@ struct State {
     /// When the connection came, or was lost.
     since: Instant,
     will: Option<Will>,
+    /// The store has a will of the session.
+    will_stored: bool,
     next_id: u32,
     /// It outlives its connections and so is kept in the store.
     durable: bool,
@@ -230,6 +232,7 @@ impl Session {
                 detached_at: None,
                 since: clock::now(),
                 will: None,
+                will_stored: false,
                 next_id: 1,
                 durable: false,
             }),
@@ -258,15 +261,15 @@ impl Session {
         session
     }
 
-    /// Connects a connection to the session: its number for [`Self::detach`], and the connection
-    /// that held the session until now. `hold` counts the connection.
+    /// Connects a connection to the session: its number for [`Self::detach`], the connection that held
+    /// the session until now, and its will, if that is to be published. `hold` counts the connection.
     pub fn attach(
         &self,
         kick: Kick,
         hold: Weak<ConnectionHold>,
         expiry: Duration,
         will: Option<Will>,
-    ) -> (u64, Option<Kick>) {
+    ) -> (u64, Option<Kick>, Option<Will>) {
         let mut packets = self.packets.lock();
         let mut state = self.state.lock();
         state.epoch += 1;
@@ -276,7 +279,10 @@ impl Session {
         state.expiry = expiry;
         state.detached_at = None;
         state.since = clock::now();
-        state.will = will;
+        self.store_will(&mut state, will.as_ref(), None);
+        // The network connection that it belonged to is closed (MQTT 5.0 section 3.1.2.5).
+        let superseded = std::mem::replace(&mut state.will, will)
+            .filter(|will| previous.is_some() && packets.in_use() && will.delay.is_zero());
         let queues = all_queues(&self.shared, &state);
         // Under the lock, so that of two connections at once the later number wins everywhere.
         self.outbox.hand_over(epoch);
@@ -300,12 +306,12 @@ impl Session {
         for group in groups {
             group.hand_on();
         }
-        (epoch, previous)
+        (epoch, previous, superseded)
     }
 
     /// Writes the session to the store, or takes it out when it is not to be kept any more.
     fn record(&self, state: &mut State, detached: Option<SystemTime>) {
-        let Some(store) = &self.store else {
+        let Some(store) = self.store.as_ref().filter(|_| !state.closed) else {
             return;
         };
         let was_durable = state.durable;
@@ -356,7 +362,20 @@ impl Session {
         } else {
             will
         };
-        let expiry = state.expiry;
+        // The session may have been ended by a new connection, and its will does not wait then.
+        let expiry = if state.closed {
+            Duration::ZERO
+        } else {
+            state.expiry
+        };
+        let waits = will
+            .as_ref()
+            .is_some_and(|will| !will.delay.min(expiry).is_zero());
+        if waits {
+            self.store_will(&mut state, will.as_ref(), Some(SystemTime::now()));
+        } else if will.is_none() {
+            self.store_will(&mut state, None, None);
+        }
         self.record(&mut state, Some(SystemTime::now()));
         let queues = all_queues(&self.shared, &state);
         let groups = groups(&state);
@@ -371,6 +390,36 @@ impl Session {
             group.settle();
         }
         Detached::Held { expiry, will }
+    }
+
+    /// Keeps the will of the session in the store, or takes it out. It is `lost` since then, if it is
+    /// to be published.
+    fn store_will(&self, state: &mut State, will: Option<&Will>, lost: Option<SystemTime>) {
+        let Some(store) = &self.store else {
+            return;
+        };
+        if let Some(will) = will {
+            store.put(Change::PutWill(Arc::new(StoredWill {
+                session: self.id,
+                identity: self.key.identity.uri().to_owned(),
+                name: self.key.name.to_string(),
+                topic: will.topic.as_str().to_owned(),
+                payload: will.payload.clone(),
+                header: will.header.clone(),
+                qos: will.qos,
+                retain: will.retain,
+                delay_ms: u64::try_from(will.delay.as_millis()).unwrap_or(u64::MAX),
+                lost_ms: lost.map(unix_ms),
+            })));
+        } else if state.will_stored {
+            store.put(Change::RemoveWill(self.id));
+        }
+        state.will_stored = will.is_some();
+    }
+
+    /// Says that the store has a will of the session.
+    pub(crate) fn restore_will(&self) {
+        self.state.lock().will_stored = true;
     }
 
     /// Whether the session is without a connection for longer than its expiry.
@@ -391,6 +440,11 @@ impl Session {
     pub fn presence(&self) -> (bool, Instant) {
         let state = self.state.lock();
         (state.attached.is_some(), state.since)
+    }
+
+    /// How long the session is kept without a connection.
+    pub(crate) fn expiry(&self) -> Duration {
+        self.state.lock().expiry
     }
 
     /// Number of the connection that holds the session now or held it last.

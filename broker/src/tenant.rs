@@ -178,7 +178,11 @@ impl Tenant {
     ///
     /// # Errors
     /// The identity or the tenant has as many connections as it may.
-    pub fn attach(&self, fabric: &Fabric, connect: &Connect) -> Result<Attachment, Status> {
+    pub fn attach(
+        self: &Arc<Self>,
+        fabric: &Arc<Fabric>,
+        connect: &Connect,
+    ) -> Result<Attachment, Status> {
         let usage = self.usages.of(&connect.key.identity);
         if let Some(will) = &connect.will {
             let (found, most) = (will.size(), usage.message_bytes());
@@ -202,7 +206,7 @@ impl Tenant {
             self.end_session(&connect.key, "a new connection asked for a clean start");
         }
         let mut present = true;
-        let (session, epoch, previous) = loop {
+        let (session, epoch, previous, will) = loop {
             let session = Arc::clone(&self.sessions.entry(connect.key.clone()).or_insert_with(
                 || {
                     present = false;
@@ -221,7 +225,7 @@ impl Tenant {
                 self.remove_session(&session);
                 continue;
             }
-            let (epoch, previous) = session.attach(
+            let (epoch, previous, will) = session.attach(
                 kick.clone(),
                 Arc::downgrade(&hold),
                 connect.expiry,
@@ -233,7 +237,7 @@ impl Tenant {
                 .get(&connect.key)
                 .is_some_and(|held| held.id == session.id)
             {
-                break (session, epoch, previous);
+                break (session, epoch, previous, will);
             }
             present = true;
         };
@@ -242,6 +246,9 @@ impl Tenant {
                 Code::Aborted,
                 "the session was taken over by another connection of the same identity",
             ));
+        }
+        if let Some(will) = will {
+            self.publish_will(fabric, &session, &will);
         }
         Ok(Attachment {
             session,
@@ -273,10 +280,23 @@ impl Tenant {
         };
         // MQTT 5.0 section 3.1.3.2.2: at the end of the delay or of the session, whichever is first.
         let delay = will.delay.min(expiry);
+        self.publish_will_after(fabric, session, attachment.epoch, will, delay);
+    }
+
+    /// Publishes the will of a session after a delay, unless a connection after the `epoch`-th has the
+    /// session by then.
+    pub(crate) fn publish_will_after(
+        self: &Arc<Self>,
+        fabric: &Arc<Fabric>,
+        session: &Arc<Session>,
+        epoch: u64,
+        will: Will,
+        delay: Duration,
+    ) {
         let (tenant, fabric) = (Arc::clone(self), Arc::clone(fabric));
-        let (session, epoch) = (Arc::clone(session), attachment.epoch);
+        let session = Arc::clone(session);
         if delay.is_zero() {
-            tenant.publish_will(&fabric, &session, &will);
+            tenant.publish_kept_will(&fabric, &session, &will);
         } else {
             let tasks = fabric.tasks.clone();
             tasks.spawn(async move {
@@ -285,9 +305,23 @@ impl Tenant {
                     () = fabric.shutdown.cancelled() => return,
                 }
                 if session.epoch() == epoch {
-                    tenant.publish_will(&fabric, &session, &will);
+                    tenant.publish_kept_will(&fabric, &session, &will);
                 }
             });
+        }
+    }
+
+    fn publish_kept_will(
+        self: &Arc<Self>,
+        fabric: &Arc<Fabric>,
+        session: &Arc<Session>,
+        will: &Will,
+    ) {
+        // It is published and forgotten in one commit.
+        let _together = self.store.as_ref().map(Store::together);
+        self.publish_will(fabric, session, will);
+        if let Some(store) = &self.store {
+            store.put(Change::RemoveWill(session.id));
         }
     }
 
@@ -544,6 +578,11 @@ impl Tenant {
             .iter()
             .map(|session| Arc::clone(&session))
             .collect()
+    }
+
+    /// How many sessions there are.
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
     }
 
     /// Ends and forgets what nobody may come back for any more.

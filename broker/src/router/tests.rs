@@ -174,7 +174,7 @@ fn a_share_group_never_assigns_to_an_offline_member_and_loses_nothing_by_it() {
     assert!(queue(0).bytes() > 0, "nobody is there yet");
 
     // The other one connects: what waits is its.
-    let (epoch, _) = sessions[1].attach(Kick::default(), Weak::new(), Duration::ZERO, None);
+    let (epoch, ..) = sessions[1].attach(Kick::default(), Weak::new(), Duration::ZERO, None);
     queue(1).online(epoch);
     group.hand_on();
     assert_eq!(queue(0).bytes(), 0);
