@@ -3,10 +3,10 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
+use prost::Message as _;
 use selvedge_broker::front::request::InferResponse;
 use selvedge_broker::front::{json, read_request, tensors};
 use selvedge_proto::open_inference::ModelInferRequest;
-use prost::Message as _;
 
 fuzz_target!(|data: &[u8]| {
     // The first byte says where the JSON ends, from the end; 255 for no binary part.

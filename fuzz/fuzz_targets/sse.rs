@@ -28,5 +28,8 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let stream = &stream[..stream.len().min(LARGEST)];
-    assert_eq!(read(stream, usize::from(piece).max(1)), read(stream, usize::MAX));
+    assert_eq!(
+        read(stream, usize::from(piece).max(1)),
+        read(stream, usize::MAX)
+    );
 });

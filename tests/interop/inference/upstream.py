@@ -18,6 +18,6 @@ assert metadata.inputs[0].name == "x", metadata
 x = triton.InferInput("x", [4], "FP32")
 x.set_data_from_numpy(np.array([1, 2, 3, 4.5], dtype=np.float32))
 answer = client.infer("mlserver/sum", [x], headers=headers)
-assert answer.as_numpy("sum").tolist() == [10.5], answer.get_response()
+assert answer.as_numpy("sum").item() == 10.5, answer.get_response()
 assert answer.get_response().parameters["tier"].string_param == "cloud"
 print("ok: MLServer answers through the fabric")
