@@ -1,7 +1,8 @@
 //! The deduplication window: message ids that a publisher has used, so that the same message is
 //! taken once.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -27,9 +28,24 @@ pub struct Dedup {
 
 type Key = (Identity, Bytes);
 
+#[derive(Debug)]
+struct Seen {
+    taken: Taken,
+    /// It is in the store, too.
+    stored: bool,
+}
+
+/// What became of the first message with an id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// Every receiver whose messages are kept got it, so its acknowledgement could claim the disk. That of
+    /// a repetition may claim no more than that of the first.
+    pub whole: bool,
+}
+
 #[derive(Debug, Default)]
 struct Window {
-    seen: HashSet<Key>,
+    seen: HashMap<Key, Seen>,
     order: VecDeque<(Instant, Key)>,
 }
 
@@ -45,15 +61,18 @@ impl Dedup {
         }
     }
 
-    /// Whether the publisher has used this id within the window.
-    pub fn contains(&self, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
+    /// What became of the message with which the publisher has used this id within the window, if it
+    /// has.
+    pub fn find(&self, publisher: &Identity, id: &Bytes, now: Instant) -> Option<Taken> {
         let mut window = self.window.lock();
         self.forget_old(&mut window, now);
-        window.seen.contains(&(publisher.clone(), id.clone()))
+        let seen = window.seen.get(&(publisher.clone(), id.clone()))?;
+        Some(seen.taken)
     }
 
-    /// Calls `take` if this is the first message of the publisher with this id; `false` if it is not.
-    /// The id is remembered from then on, in the store too when `keep` says so.
+    /// Calls `take` if this is the first message of the publisher with this id; otherwise the answer is
+    /// what became of the first. The id is remembered from then on, in the store too when `keep` says so
+    /// and the message is whole: one that is not may be taken again after a crash.
     ///
     /// The id goes to the store after what `take` puts there, since an id that is there alone after a
     /// crash would pass the message, when it is sent again, for one that is kept. And nobody sees the
@@ -67,17 +86,18 @@ impl Dedup {
         id: &Bytes,
         keep: bool,
         now: Instant,
-        take: impl FnOnce() -> Result<(), E>,
-    ) -> Result<bool, E> {
+        take: impl FnOnce() -> Result<Taken, E>,
+    ) -> Result<Option<Taken>, E> {
         let mut window = self.window.lock();
         self.forget_old(&mut window, now);
         // Not a slice of the message it came with, which would keep that alive.
         let key = (publisher.clone(), Bytes::copy_from_slice(id));
-        if window.seen.contains(&key) {
-            return Ok(false);
+        if let Some(seen) = window.seen.get(&key) {
+            return Ok(Some(seen.taken));
         }
-        take()?;
-        if let Some(store) = self.store.as_ref().filter(|_| keep) {
+        let taken = take()?;
+        let store = self.store.as_ref().filter(|_| keep && taken.whole);
+        if let Some(store) = store {
             store.put(Change::PutMessageId {
                 tenant: Arc::clone(&self.tenant),
                 publisher: publisher.uri().into(),
@@ -85,9 +105,10 @@ impl Dedup {
                 until: SystemTime::now() + self.span,
             });
         }
-        window.seen.insert(key.clone());
+        let stored = store.is_some();
+        window.seen.insert(key.clone(), Seen { taken, stored });
         window.order.push_back((now, key));
-        Ok(true)
+        Ok(None)
     }
 
     /// Puts back an id that the store kept, `left` being the time it is still remembered.
@@ -97,7 +118,11 @@ impl Dedup {
         let since = now
             .checked_sub(self.span.saturating_sub(left))
             .unwrap_or(now);
-        if window.seen.insert(key.clone()) {
+        if let Entry::Vacant(place) = window.seen.entry(key.clone()) {
+            place.insert(Seen {
+                taken: Taken { whole: true },
+                stored: true,
+            });
             // They come in the order of their ids, not of their times.
             let place = window.order.partition_point(|(held, _)| *held <= since);
             window.order.insert(place, (since, key));
@@ -127,8 +152,8 @@ impl Dedup {
             let Some((_, key)) = window.order.pop_front() else {
                 break;
             };
-            window.seen.remove(&key);
-            if let Some(store) = &self.store {
+            let stored = window.seen.remove(&key).is_some_and(|seen| seen.stored);
+            if let Some(store) = self.store.as_ref().filter(|_| stored) {
                 store.put(Change::RemoveMessageId {
                     tenant: Arc::clone(&self.tenant),
                     publisher: key.0.uri().into(),
@@ -145,10 +170,13 @@ mod tests {
 
     use super::*;
 
+    const WHOLE: Taken = Taken { whole: true };
+
     fn first(window: &Dedup, publisher: &Identity, id: &Bytes, now: Instant) -> bool {
         window
-            .once(publisher, id, true, now, || Ok::<(), ()>(()))
+            .once(publisher, id, true, now, || Ok::<_, ()>(WHOLE))
             .unwrap()
+            .is_none()
     }
 
     fn publisher(name: &str) -> Identity {
@@ -173,6 +201,20 @@ mod tests {
         let refused = window.once(&publisher("a"), &id, true, now, || Err("full"));
         assert_eq!(refused, Err("full"));
         assert!(first(&window, &publisher("a"), &id, now));
+    }
+
+    #[test]
+    fn a_repetition_learns_what_became_of_the_first() {
+        let window = Dedup::new("acme".into(), Duration::from_secs(10), 100, None);
+        let (now, id) = (Instant::now(), Bytes::from_static(b"1"));
+        let given_up = Taken { whole: false };
+        let publisher = publisher("a");
+        let take = |taken| move || Ok::<_, ()>(taken);
+        let first = window.once(&publisher, &id, true, now, take(given_up));
+        assert_eq!(first, Ok(None));
+        let again = window.once(&publisher, &id, true, now, take(WHOLE));
+        assert_eq!(again, Ok(Some(given_up)));
+        assert_eq!(window.find(&publisher, &id, now), Some(given_up));
     }
 
     #[test]

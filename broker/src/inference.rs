@@ -507,7 +507,12 @@ struct Whole {
 
 impl Whole {
     /// Reads to the end, or until more than `limit` bytes are held.
-    async fn read(&mut self, leg: &mut Leg<impl Sink, impl Source>, limit: usize, due: Instant) -> Result<(), Status> {
+    async fn read(
+        &mut self,
+        leg: &mut Leg<impl Sink, impl Source>,
+        limit: usize,
+        due: Instant,
+    ) -> Result<(), Status> {
         let mut held = BytesMut::from(std::mem::take(&mut self.bytes));
         while held.len() <= limit {
             let mut chunk = [Bytes::new()];

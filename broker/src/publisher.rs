@@ -12,7 +12,7 @@ use selvedge_proto::topic::TopicName;
 
 use crate::batch::{Batch, Flow, HeaderFacts};
 use crate::clock;
-use crate::dedup::MAX_MESSAGE_ID;
+use crate::dedup::{MAX_MESSAGE_ID, Taken};
 use crate::fabric::Fabric;
 use crate::history::TopicHistory;
 use crate::losses::Reason;
@@ -462,8 +462,10 @@ impl Publisher {
         }
         let batch = Arc::new(alone(topic, message, facts.expires));
         let outlives = message.retain || topic.history.is_some();
-        if !id.is_empty() && self.tenant.dedup.contains(&self.identity, id, now) {
-            self.taken_before(topic, &batch);
+        if !id.is_empty()
+            && let Some(first) = self.tenant.dedup.find(&self.identity, id, now)
+        {
+            self.taken_before(topic, &batch, first);
             return Ok(());
         }
         if let Some(status) = failing.filter(|_| outlives) {
@@ -485,14 +487,18 @@ impl Publisher {
         let keep = batch.qos != Qos::AtMostOnce;
         let first = self.tenant.dedup.once(&self.identity, id, keep, now, || {
             let plan = plan.take().flatten();
-            self.retain_and_hand_out(topic, message, &batch, plan)
+            let others = std::mem::take(&mut topic.outcome.given_up);
+            let result = self.retain_and_hand_out(topic, message, &batch, plan);
+            let whole = !topic.outcome.given_up;
+            topic.outcome.given_up |= others;
+            result.map(|()| Taken { whole })
         })?;
-        if !first {
+        if let Some(first) = first {
             // The same id on another connection of the publisher was quicker.
             if let Some(plan) = plan.flatten() {
                 plan.release();
             }
-            self.taken_before(topic, &batch);
+            self.taken_before(topic, &batch, first);
         }
         Ok(())
     }
@@ -520,10 +526,11 @@ impl Publisher {
     }
 
     /// Notes a message that was taken before: it goes nowhere, and its acknowledgement waits until
-    /// the first one is kept.
+    /// the first one is kept, and claims no more than that of the first.
     #[cold]
-    fn taken_before(&self, topic: &mut Topic, batch: &Batch) {
+    fn taken_before(&self, topic: &mut Topic, batch: &Batch, first: Taken) {
         topic.outcome.stored |= self.fabric.store.is_some();
+        topic.outcome.given_up |= !first.whole;
         self.tenant
             .losses
             .lose(Reason::Duplicate, None, batch, batch.count);

@@ -119,7 +119,10 @@ impl Response {
                     Err(error) => Err(malformed(error.to_string())),
                 },
                 Some(End::Reset(code)) => Err(Status::new(*code, "the answer was cut off")),
-                None => Err(Status::new(Code::Internal, "the request ended without an answer")),
+                None => Err(Status::new(
+                    Code::Internal,
+                    "the request ended without an answer",
+                )),
             };
         }
     }

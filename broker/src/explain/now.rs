@@ -314,7 +314,7 @@ impl MessageNow {
         let (id, now) = (Bytes::copy_from_slice(id), clock::now());
         let mut taken_from: Vec<String> = publishers
             .iter()
-            .filter(|publisher| tenant.dedup.contains(publisher, &id, now))
+            .filter(|publisher| tenant.dedup.find(publisher, &id, now).is_some())
             .map(|publisher| publisher.uri().to_owned())
             .collect();
         taken_from.sort();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// Lag up to which the rate rises, and above which it falls.
-pub(super) const PROMPT: Duration = Duration::from_micros(500);
+pub(super) const PROMPT: Duration = Duration::from_micros(400);
 
 /// Measurements whose median is compared with [`PROMPT`]. Whatever else runs on the machine makes one or
 /// the other late; what the backlogs do to the runtime, most of them.
