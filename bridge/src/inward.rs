@@ -78,7 +78,7 @@ impl InwardTask {
             tokio::select! {
                 (number, stored) = consumer.next(), if has_room && !closed => {
                     bytes += stored.bytes();
-                    let begun = begin(&client, &self.record, number, stored).await;
+                    let begun = begin(&client, &self, number, stored).await;
                     under_way.push(begun);
                 }
                 given = under_way.next(), if !under_way.is_empty() => {
@@ -113,12 +113,13 @@ impl InwardTask {
 /// Hands one message to the client, which settles its place in the order.
 async fn begin(
     client: &Client,
-    record: &Record,
+    task: &InwardTask,
     number: u64,
     stored: Stored,
 ) -> Pin<Box<dyn Future<Output = Given> + Send>> {
     let (rule, bytes) = (stored.rule, stored.bytes());
-    let give = give_stored(client.clone(), stored, record.clone());
+    let inherited = task.spool.is_inherited(number);
+    let give = give_stored(client.clone(), stored, inherited, task.record.clone());
     let mut give: Pin<Box<dyn Future<Output = Taken> + Send>> = Box::pin(give);
     let at_once = poll_fn(|context| Poll::Ready(give.as_mut().poll(context))).await;
     Box::pin(async move {
@@ -135,7 +136,7 @@ async fn begin(
     })
 }
 
-async fn give_stored(client: Client, stored: Stored, record: Record) -> Taken {
+async fn give_stored(client: Client, stored: Stored, inherited: bool, record: Record) -> Taken {
     let rule = stored.rule;
     let mut properties = stored.packet.properties.clone();
     if stored.expires.is_some() {
@@ -159,6 +160,8 @@ async fn give_stored(client: Client, stored: Stored, record: Record) -> Taken {
         .class(Class::Normal)
         .durability(stored.durability)
         .properties(properties)
+        // What makes receivers know it by its id, should the fabric have died with the id.
+        .duplicate(inherited)
         .message_id(stored.name);
     give_to_fabric(client, publish, qos, rule, record).await
 }

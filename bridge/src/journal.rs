@@ -416,7 +416,10 @@ mod tests {
         }
     }
 
-    fn open(folder: &Path) -> Result<(Journal, Vec<(usize, u64, Vec<u8>)>), JournalError> {
+    /// Remote, number and record.
+    type Held = Vec<(usize, u64, Vec<u8>)>;
+
+    fn open(folder: &Path) -> Result<(Journal, Held), JournalError> {
         let mut held = Vec::new();
         let remotes = ["a".into(), "ab".into()];
         let journal = Journal::open(folder, &remotes, |remote, space, number, value| {

@@ -111,6 +111,8 @@ impl<W> Clone for Spool<W> {
 #[derive(Debug)]
 struct Inner<W> {
     place: Place,
+    /// Messages below this number come from an earlier process.
+    opened_at: u64,
     state: Mutex<State<W>>,
     /// Held while a message is numbered and given to the journal, so that numbers are in its order.
     order: tokio::sync::Mutex<()>,
@@ -156,6 +158,7 @@ impl<W: Waiter> Spool<W> {
     pub(crate) fn new(place: Place, held: Held) -> Self {
         Self(Arc::new(Inner {
             place,
+            opened_at: held.next,
             state: Mutex::new(State {
                 next: held.next,
                 read: held.first.unwrap_or(held.next),
@@ -191,6 +194,11 @@ impl<W: Waiter> Spool<W> {
     pub(crate) fn has_room(&self) -> bool {
         let state = self.state();
         state.messages == 0 || state.bytes < self.0.place.limit
+    }
+
+    /// Whether an earlier process may have handed the message over already.
+    pub(crate) fn is_inherited(&self, number: u64) -> bool {
+        number < self.0.opened_at
     }
 
     /// Counts that somebody has to wait for room.

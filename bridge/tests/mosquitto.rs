@@ -561,7 +561,7 @@ async fn a_flood_arrives_whole_and_in_order() {
 async fn start_again(fabric: &Fabric, remotes: &str) -> Bridge {
     soon(async {
         loop {
-            match Bridge::start(fabric.config(remotes)).await {
+            match Box::pin(Bridge::start(fabric.config(remotes))).await {
                 // Its thread is about to let go of the folder.
                 Err(StartError::Store(_)) => tokio::task::yield_now().await,
                 started => return started.unwrap(),

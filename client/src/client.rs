@@ -225,6 +225,7 @@ impl Client {
             topic: message.topic?,
             flags: Flags::new(message.qos)
                 .with_retain(message.retain)
+                .with_duplicate(message.duplicate && message.qos > Qos::AtMostOnce)
                 .with_durability(message.durability),
             header: message.properties.encode(),
             payload: message.payload,

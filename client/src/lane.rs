@@ -316,7 +316,8 @@ impl Lane {
             if bytes > max_frame {
                 return false;
             }
-            let flags = pending.flags.with_duplicate(sent == Sent::Before);
+            let repeated = pending.flags.duplicate() || sent == Sent::Before;
+            let flags = pending.flags.with_duplicate(repeated);
             pending.encode(flags, &mut aliases, &mut again);
             true
         });

@@ -80,6 +80,7 @@ pub struct Publish {
     pub(crate) durability: Durability,
     pub(crate) properties: Properties,
     pub(crate) datagram: bool,
+    pub(crate) duplicate: bool,
 }
 
 impl Publish {
@@ -95,6 +96,7 @@ impl Publish {
             durability: Durability::Default,
             properties: Properties::default(),
             datagram: false,
+            duplicate: false,
         }
     }
 
@@ -138,6 +140,16 @@ impl Publish {
     #[must_use]
     pub fn message_id(mut self, id: impl Into<Bytes>) -> Self {
         self.properties.message_id = id.into();
+        self
+    }
+
+    /// Says that an earlier process may have published this QoS 1 message already, under the same
+    /// [message id](Self::message_id), and did not live to see the acknowledgement. Receivers are told,
+    /// and a subscriber's client that has given it to the application does not do so again. A client says
+    /// so by itself of what it sends again. Default: false.
+    #[must_use]
+    pub fn duplicate(mut self, duplicate: bool) -> Self {
+        self.duplicate = duplicate;
         self
     }
 

@@ -144,3 +144,26 @@ async fn a_message_that_the_application_did_not_acknowledge_comes_again_in_spite
     again.ack();
     assert_eq!(panel.stats().duplicates, 0);
 }
+
+#[tokio::test]
+async fn a_publisher_that_starts_again_says_so_and_the_receiver_knows_the_message() {
+    let broker = TestBroker::with(broker::OPEN, |config, _| config.limits.dedup_ids = 1).await;
+    let panel = broker.client("panel-1").await;
+    let mut orders = panel.subscribe("orders").await.unwrap();
+    let press = broker.client("press-7").await;
+    publish(&press, "1", "first").await;
+    // With this the broker forgets the first.
+    publish(&press, "2", "second").await;
+    let again = Publish::new("orders", "first")
+        .qos(Qos::AtLeastOnce)
+        .message_id("1")
+        .duplicate(true);
+    within("an acknowledgement", press.publish_message(again))
+        .await
+        .unwrap();
+    publish(&press, "3", "the end").await;
+    for payload in ["first", "second", "the end"] {
+        assert_eq!(next(&mut orders).await.payload, payload);
+    }
+    assert_eq!(panel.stats().duplicates, 1);
+}
