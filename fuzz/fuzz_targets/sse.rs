@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use selvedge_worker::upstream::sse::Events;
+use selvedge_proto::sse::Events;
 
 /// Small, so that inputs reach it.
 const LARGEST: usize = 1024;

@@ -10,6 +10,8 @@ pub mod frame;
 pub mod inference;
 pub mod lane;
 pub mod message;
+#[cfg(feature = "open-inference")]
+pub mod sse;
 pub mod status;
 pub mod topic;
 

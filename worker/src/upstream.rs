@@ -20,7 +20,6 @@ use crate::engine::Capacity;
 
 pub mod open_inference;
 pub mod openai;
-pub mod sse;
 
 #[cfg(test)]
 mod tests;

@@ -11,11 +11,11 @@ use hyper::client::conn::http1;
 use hyper::{Method, Response, StatusCode};
 use parking_lot::Mutex;
 use selvedge_client::{Code, Status, TensorSpec};
+use selvedge_proto::sse::Events;
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::sse::Events;
 use super::{Endpoint, LARGEST, Sign, UpstreamError, Watched};
 use crate::config::UpstreamConfig;
 use crate::engine::{Answering, Capacity, Engine, JSON, OPERATION, Reply, Request};
