@@ -328,9 +328,14 @@ impl Bench<'_> {
         server: &Running,
         round: usize,
     ) -> anyhow::Result<Outcome> {
+        // Whoever has a protocol of its own has a port of its own for MQTT.
+        let (protocol, address) = match server.mqtt.filter(|_| self.shape.mqtt) {
+            Some(address) => (Protocol::Mqtt, address),
+            None => (protocol, server.address),
+        };
         let job = Job {
             protocol,
-            address: server.address,
+            address,
             server: server.id(),
             pki: self.pki.folder.clone(),
             run: format!("r{round}"),

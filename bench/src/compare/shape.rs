@@ -9,6 +9,9 @@ const AHEAD_OF_ONE: (usize, usize) = (32 << 10, 1 << 20);
 /// Messages a second that are offered where latency is measured.
 const RATE: u32 = 20_000;
 
+/// What the names of shapes begin with in which everyone speaks MQTT.
+const MQTT: &str = "mqtt-";
+
 /// One kind of work.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
@@ -16,6 +19,8 @@ pub(super) struct Shape {
     pub(super) name: String,
     /// Part of the quick run.
     pub(super) quick: bool,
+    /// Everyone speaks MQTT, this project's broker too.
+    pub(super) mqtt: bool,
     kind: Kind,
 }
 
@@ -47,7 +52,14 @@ const PLAIN: Kind = Kind::Traffic {
 /// All shapes, in the order they are measured.
 pub(super) fn all() -> Vec<Shape> {
     let mut shapes = Vec::new();
-    let mut add = |name: String, quick: bool, kind: Kind| shapes.push(Shape { name, quick, kind });
+    let mut add = |name: String, quick: bool, kind: Kind| {
+        shapes.push(Shape {
+            mqtt: name.starts_with(MQTT),
+            name,
+            quick,
+            kind,
+        });
+    };
     for (fan, groups, subscribers) in [("1:1", 1, 1), ("1:20", 1, 20), ("20-pairs", 20, 1)] {
         for size in [64, 256, 1024, 65_536] {
             let quick = size < 1024 || fan == "1:1";
@@ -83,6 +95,13 @@ pub(super) fn all() -> Vec<Shape> {
         add(name, false, PLAIN.among(0, filters));
     }
     add("idle".into(), true, Kind::Idle(1_000));
+    for (fan, groups, subscribers) in [("1:1", 1, 1), ("1:20", 1, 20), ("20-pairs", 20, 1)] {
+        for (word, service) in [("", Service::AtMostOnce), ("qos1-memory-", Service::Memory)] {
+            let kind = PLAIN.with(groups, subscribers, 256, service);
+            add(format!("{MQTT}{word}{fan}/256B"), fan == "1:1", kind);
+        }
+    }
+    add(format!("{MQTT}idle"), true, Kind::Idle(1_000));
     shapes
 }
 
@@ -94,6 +113,9 @@ impl Shape {
 
     /// Whether something that speaks this can do it at all.
     pub(super) fn suits(&self, protocol: Protocol) -> bool {
+        if self.mqtt {
+            return matches!(protocol, Protocol::Selvedge | Protocol::Mqtt);
+        }
         match (self.kind, protocol) {
             (Kind::Traffic { service, .. }, Protocol::Relay | Protocol::Nats)
                 if service.acknowledged() =>

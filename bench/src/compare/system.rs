@@ -57,6 +57,9 @@ file = "{dir}/policy.toml"
 [listen]
 quic = "127.0.0.1:0"
 
+[mqtt]
+tls = "127.0.0.1:0"
+
 [admin]
 listen = "127.0.0.1:0"
 
@@ -156,6 +159,8 @@ pub struct About {
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) address: SocketAddr,
+    /// Where it speaks MQTT besides.
+    pub(super) mqtt: Option<SocketAddr>,
     process: Server,
 }
 
@@ -330,26 +335,34 @@ async fn start_ours(program: &Path, command: &[String], log: &Path) -> anyhow::R
     let mut process = Server::start(process::guarded(program, command), log, true)?;
     let output = process.output().context("it has no output")?;
     let reading = tokio::task::spawn_blocking(move || {
-        let mut address = None;
+        let (mut address, mut mqtt) = (None, None);
         let mut output = BufReader::new(output);
         let mut line = String::new();
         while output.read_line(&mut line)? > 0 {
             if let Some(value) = line.trim_end().strip_prefix("quic=") {
                 address = Some(value.parse()?);
             }
+            if let Some(value) = line.trim_end().strip_prefix("mqtts=") {
+                mqtt = Some(value.parse()?);
+            }
             if line.trim_end() == "ready" {
                 // The end of the pipe stays open, or what is printed later would end the process.
-                return Ok((address.context("it did not say where it listens")?, output));
+                let address = address.context("it did not say where it listens")?;
+                return Ok((address, mqtt, output));
             }
             line.clear();
         }
         bail!("it ended")
     });
-    let (address, output) = tokio::time::timeout(START, reading)
+    let (address, mqtt, output) = tokio::time::timeout(START, reading)
         .await
         .context("it was not ready in time")???;
     drain(output);
-    Ok(Running { address, process })
+    Ok(Running {
+        address,
+        mqtt,
+        process,
+    })
 }
 
 /// Reads and forgets until the other side closes.
@@ -391,7 +404,11 @@ impl Peer {
             ensure!(Instant::now() < deadline, "its port was not open in time");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(Running { address, process })
+        Ok(Running {
+            address,
+            mqtt: None,
+            process,
+        })
     }
 
     /// The line in which the program tells its version.
