@@ -106,7 +106,7 @@ pub enum ProxyError {
     /// The header is malformed.
     #[error("expected a PROXY protocol header of version 2, found a malformed one: {0}")]
     Malformed(String),
-    /// The header is longer than [`MAX_HEADER`].
+    /// The header is longer than those of known balancers by far.
     #[error("expected a PROXY protocol header of up to {MAX_HEADER} bytes, found one of {0}")]
     TooLong(usize),
     /// The connection ended or failed first.
