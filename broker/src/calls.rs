@@ -196,7 +196,7 @@ async fn place_and_relay(
         );
         let placed = tokio::select! {
             placed = place => placed,
-            () = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
+            code = &mut cancelled => return Ok(leg.abandon(code)),
         };
         let placed = placed.map_err(|error| match error {
             NoResponder::NotFound if clock::now() >= due => Status::new(
@@ -233,7 +233,7 @@ async fn place_and_relay(
         };
         let opened = tokio::select! {
             opened = Leg::open(connection, frame::encode(Kind::CALL, &onward)) => opened,
-            () = &mut cancelled => return Ok(leg.abandon(Code::Cancelled)),
+            code = &mut cancelled => return Ok(leg.abandon(code)),
             () = tokio::time::sleep_until(due.into()) => {
                 return Err(Status::new(Code::DeadlineExceeded, "the responder took no further call in time"));
             }

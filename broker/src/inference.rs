@@ -128,7 +128,7 @@ async fn run(
     loop {
         let slot = tokio::select! {
             slot = place(caller, &request, None, lost.as_ref()) => slot?,
-            _ = leg.send.stopped() => return Ok(leg.abandon(Code::Cancelled)),
+            code = leg.send.stopped() => return Ok(leg.abandon(code)),
         };
         *tier = Some(slot.worker.tier);
         let threshold = request

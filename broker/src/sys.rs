@@ -169,13 +169,11 @@ impl Board {
             payload: Bytes::new(),
             expires: None,
         });
-        // When there is no room the tenant's own messages go before.
-        if let Ok(grown) = tenant
+        // When there is no room the tenant's own messages go before. These are none of its messages, so the
+        // metric does not count them.
+        let _ = tenant
             .retained
-            .set(Arc::new(batch.with_flags(Qos::AtMostOnce, true)))
-        {
-            fabric.metrics.retained.inc_by(grown);
-        }
+            .set(Arc::new(batch.with_flags(Qos::AtMostOnce, true)));
         let route = tenant.router.route(&flow.topic, 0);
         for target in &route.targets {
             target.subscriber.queues[batch.class.index()].push(&batch);

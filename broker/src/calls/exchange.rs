@@ -17,8 +17,9 @@ const CHUNKS: usize = 32;
 
 /// Where the bytes of a response go: to a peer, or to the front door of this broker.
 pub(crate) trait Sink: Send {
-    /// Resolves when nobody takes the response any more.
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static;
+    /// Resolves when nobody takes the response any more. The code says why: a caller whose time is up
+    /// may be heard before the broker's own clock says so.
+    fn stopped(&self) -> impl Future<Output = Code> + Send + 'static;
 
     /// Hands chunks over, no faster than they are taken. They are taken out of the slice.
     fn write(&mut self, chunks: &mut [Bytes]) -> impl Future<Output = Result<(), Gone>> + Send;
@@ -47,10 +48,14 @@ pub(crate) trait Source: Send {
 pub(crate) struct Gone;
 
 impl Sink for SendStream {
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+    fn stopped(&self) -> impl Future<Output = Code> + Send + 'static {
         let stopped = SendStream::stopped(self);
         async move {
-            let _ = stopped.await;
+            let late = u64::from(Code::DeadlineExceeded.to_quic());
+            match stopped.await {
+                Ok(Some(code)) if code.into_inner() == late => Code::DeadlineExceeded,
+                _ => Code::Cancelled,
+            }
         }
     }
 
@@ -152,7 +157,7 @@ pub(crate) enum RequestEnd {
     CalleeStopped,
 }
 
-impl<S: Future, R: Future<Output = RequestEnd>> Exchange<'_, S, R> {
+impl<S: Future<Output = Code>, R: Future<Output = RequestEnd>> Exchange<'_, S, R> {
     /// Runs `work`, forwarding and watching meanwhile.
     pub(crate) async fn during<T>(
         &mut self,
@@ -177,8 +182,11 @@ impl<S: Future, R: Future<Output = RequestEnd>> Exchange<'_, S, R> {
                 return Poll::Ready(Interrupted::Cancelled);
             }
         }
-        if self.stopped.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Interrupted::Cancelled);
+        if let Poll::Ready(code) = self.stopped.as_mut().poll(cx) {
+            return Poll::Ready(match code {
+                Code::DeadlineExceeded => Interrupted::DeadlineExceeded,
+                _ => Interrupted::Cancelled,
+            });
         }
         self.deadline
             .as_mut()

@@ -60,8 +60,12 @@ impl Writer {
 }
 
 impl Sink for Writer {
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
-        self.gone.clone().cancelled_owned()
+    fn stopped(&self) -> impl Future<Output = Code> + Send + 'static {
+        let gone = self.gone.clone().cancelled_owned();
+        async move {
+            gone.await;
+            Code::Cancelled
+        }
     }
 
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), Gone> {

@@ -81,7 +81,7 @@ pub(crate) async fn ask(
             Some(payload) => payload,
             None => return Ok(Asked::Ended(caller.abandon(Code::Cancelled))),
         },
-        () = &mut stopped => return Ok(Asked::Ended(caller.abandon(Code::Cancelled))),
+        code = &mut stopped => return Ok(Asked::Ended(caller.abandon(code))),
         () = &mut deadline => return Err(interruption(Interrupted::DeadlineExceeded)),
     };
     let (answer, mut parts) = mpsc::channel(PARTS);
@@ -93,7 +93,7 @@ pub(crate) async fn ask(
     };
     let sent = tokio::select! {
         sent = link.jobs.send(job) => sent,
-        () = &mut stopped => return Ok(Asked::Ended(caller.abandon(Code::Cancelled))),
+        code = &mut stopped => return Ok(Asked::Ended(caller.abandon(code))),
         () = &mut deadline => {
             return Err(Status::new(
                 Code::DeadlineExceeded,
@@ -110,7 +110,7 @@ pub(crate) async fn ask(
     loop {
         let part = tokio::select! {
             part = parts.recv() => part,
-            () = &mut stopped => return Ok(Asked::Ended(caller.abandon(Code::Cancelled))),
+            code = &mut stopped => return Ok(Asked::Ended(caller.abandon(code))),
             () = &mut deadline => {
                 Some(Part::End(None, interruption(Interrupted::DeadlineExceeded)))
             }
