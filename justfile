@@ -55,6 +55,11 @@ interop:
     cargo build -p selvedge-cli
     tests/interop/mqtt/run {{ CARGO_TARGET_DIR }}/debug/selvedge
 
+# The interoperability suites of paho.mqtt.testing: `just paho path/to/interoperability`
+paho suite:
+    cargo build -p selvedge-cli
+    tests/conformance/paho.sh {{ suite }} {{ CARGO_TARGET_DIR }}/debug/selvedge
+
 # Everything CI runs, in its order
 ci:
     @bash .ci/run

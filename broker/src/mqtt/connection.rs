@@ -141,7 +141,7 @@ pub(crate) async fn run<S>(
 }
 
 /// Tells a client why it is not let in, as far as its version can.
-async fn refuse<S: AsyncWrite + Unpin>(
+async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(
     fabric: &Fabric,
     listener: &'static str,
     stream: &mut S,
@@ -177,14 +177,25 @@ async fn refuse<S: AsyncWrite + Unpin>(
     let (reason, reference) = fabric.mqtt.redirect(reason);
     let mut output = Output::default();
     output.connack_refusal(version, reason, &text, reference);
-    farewell(stream, &mut output).await;
+    let (mut read_half, mut write_half) = tokio::io::split(stream);
+    farewell(&mut read_half, &mut write_half, &mut output).await;
 }
 
-/// Writes what is left and closes, within [`FAREWELL`].
-async fn farewell<W: AsyncWrite + Unpin>(writer: &mut W, output: &mut Output) {
+/// Writes what is left and closes, within [`FAREWELL`]. What the peer still sends is read until it
+/// closes, too: closing on it would take the last packet from a peer that has not read it yet.
+async fn farewell<R, W>(reader: &mut R, writer: &mut W, output: &mut Output)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let says_something = output.has_remaining();
     let _ = timeout(FAREWELL, async {
         writer.write_all_buf(output).await?;
-        writer.shutdown().await
+        writer.shutdown().await?;
+        if says_something {
+            tokio::io::copy(reader, &mut tokio::io::sink()).await?;
+        }
+        std::io::Result::Ok(())
     })
     .await;
 }
@@ -353,7 +364,7 @@ impl Actor {
         );
         // The will and the session's next connection do not wait for a peer that may be gone.
         drop(self);
-        farewell(&mut write_half, &mut output).await;
+        farewell(&mut read_half, &mut write_half, &mut output).await;
     }
 
     async fn serve<R, W>(

@@ -143,6 +143,8 @@ impl ProtocolError {
 pub(crate) struct Reader {
     codec: Codec,
     max_packet: u32,
+    /// What follows the length of the next packet may have so many bytes.
+    most: u32,
 }
 
 #[derive(Debug)]
@@ -156,12 +158,14 @@ enum Codec {
 impl Reader {
     /// A reader that takes packets of up to `max_packet` bytes after CONNECT.
     pub(crate) fn new(max_packet: usize) -> Self {
+        // 268,435,455 is the most that MQTT can say.
+        let max_packet = u32::try_from(max_packet)
+            .unwrap_or(u32::MAX)
+            .min(0x0FFF_FFFF);
         Self {
             codec: Codec::Unknown,
-            // 268,435,455 is the most that MQTT can say.
-            max_packet: u32::try_from(max_packet)
-                .unwrap_or(u32::MAX)
-                .min(0x0FFF_FFFF),
+            max_packet,
+            most: max_packet,
         }
     }
 
@@ -170,48 +174,63 @@ impl Reader {
     /// # Errors
     /// The bytes are no packet that a client may send now. Nothing after them can be read.
     pub(crate) fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Packet>, ProtocolError> {
-        match &mut self.codec {
-            Codec::Unknown => {
-                let connect_max = self.max_packet.min(MAX_CONNECT as u32);
-                let Some(version) = detect(buffer)? else {
-                    return Ok(None);
-                };
-                self.codec = match version {
-                    Version::V3 => Codec::V3(v3::Codec::new(connect_max)),
-                    Version::V5 => Codec::V5(v5::Codec::new(connect_max, 0)),
-                };
-                self.next(buffer)
-            }
+        if let Codec::Unknown = self.codec {
+            let connect_max = self.max_packet.min(MAX_CONNECT as u32);
+            let Some(version) = detect(buffer)? else {
+                return Ok(None);
+            };
+            self.codec = match version {
+                Version::V3 => Codec::V3(v3::Codec::new(connect_max)),
+                Version::V5 => Codec::V5(v5::Codec::new(connect_max, 0)),
+            };
+            self.most = connect_max;
+        }
+        let Some((head, length)) = head(buffer)? else {
+            return Ok(None);
+        };
+        let first = buffer[0];
+        if length > self.most as usize {
+            return Err(TOO_LARGE);
+        }
+        let Some(body) = buffer.get_mut(head..head + length) else {
+            // So much is coming, and is allowed.
+            buffer.reserve(head + length - buffer.len());
+            return Ok(None);
+        };
+        let is_connect = first >> 4 == 1;
+        let packet = match &mut self.codec {
+            Codec::Unknown => return Ok(None),
             Codec::V3(codec) => {
-                let Some((packet, _)) = codec
+                strict::check(Version::V3, first, body)?;
+                let decoded = codec
                     .decode(buffer)
-                    .map_err(|error| protocol_error(&error))?
-                else {
-                    return Ok(None);
-                };
-                if matches!(packet, v3::Packet::Connect(_)) {
+                    .map_err(|error| protocol_error(&error))?;
+                if is_connect {
                     codec.set_max_size(self.max_packet);
                 }
-                from_v3(packet).and_then(with_filters).map(Some)
+                decoded.map(|(packet, _)| from_v3(packet)).transpose()?
             }
             Codec::V5(codec) => {
-                let Some((packet, _)) = codec
+                strict::check(Version::V5, first, body)?;
+                let decoded = codec
                     .decode(buffer)
-                    .map_err(|error| protocol_error(&error))?
-                else {
-                    return Ok(None);
-                };
-                if matches!(packet, v5::Packet::Connect(_)) {
+                    .map_err(|error| protocol_error(&error))?;
+                if is_connect {
                     codec.set_max_inbound_size(self.max_packet);
                 }
-                from_v5(packet).and_then(with_filters).map(Some)
+                decoded.map(|(packet, _)| from_v5(packet)).transpose()?
             }
+        };
+        if is_connect {
+            self.most = self.max_packet;
         }
+        Ok(packet)
     }
 
     /// Takes packets of up to `max_packet` bytes from now on.
     pub(crate) fn set_max_packet(&mut self, max_packet: usize) {
         self.max_packet = Self::new(max_packet).max_packet;
+        self.most = self.max_packet;
         match &mut self.codec {
             Codec::Unknown => {}
             Codec::V3(codec) => codec.set_max_size(self.max_packet),
@@ -227,6 +246,28 @@ impl Reader {
             Codec::V5(_) => Some(Version::V5),
         }
     }
+}
+
+const TOO_LARGE: ProtocolError =
+    ProtocolError::new(Reason::PACKET_TOO_LARGE, "a packet that is too large");
+
+/// How many bytes come before the body of the first packet, and how many it has, once that is known.
+#[inline]
+fn head(bytes: &[u8]) -> Result<Option<(usize, usize)>, ProtocolError> {
+    let mut length = 0;
+    for (index, byte) in bytes.iter().skip(1).take(4).enumerate() {
+        length |= usize::from(byte & 0x7F) << (7 * index);
+        if byte & 0x80 == 0 {
+            return Ok(Some((index + 2, length)));
+        }
+    }
+    if bytes.len() > 4 {
+        return Err(ProtocolError::new(
+            Reason::MALFORMED_PACKET,
+            "a length of more than four bytes",
+        ));
+    }
+    Ok(None)
 }
 
 /// The version that the CONNECT at the start of `bytes` names, once enough of it is there.
@@ -270,9 +311,7 @@ fn detect(bytes: &[u8]) -> Result<Option<Version>, ProtocolError> {
 
 fn protocol_error(error: &DecodeError) -> ProtocolError {
     let (reason, what) = match error {
-        DecodeError::MaxSizeExceeded { .. } => {
-            (Reason::PACKET_TOO_LARGE, "a packet that is too large")
-        }
+        DecodeError::MaxSizeExceeded { .. } => return TOO_LARGE,
         DecodeError::InvalidClientId => (
             Reason::CLIENT_ID_NOT_VALID,
             "no client id without asking for a clean start",
@@ -450,22 +489,6 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, ProtocolError> {
     })
 }
 
-/// MQTT 5.0 sections 3.8.3 and 3.10.3: there is at least one filter.
-fn with_filters(packet: Packet) -> Result<Packet, ProtocolError> {
-    let empty = match &packet {
-        Packet::Subscribe(subscribe) => subscribe.filters.is_empty(),
-        Packet::Unsubscribe(unsubscribe) => unsubscribe.filters.is_empty(),
-        _ => false,
-    };
-    if empty {
-        return Err(ProtocolError::new(
-            Reason::PROTOCOL_ERROR,
-            "an empty list of filters",
-        ));
-    }
-    Ok(packet)
-}
-
 /// MQTT 5.0 section 3.1.2.11.2: the largest number means for ever.
 fn session_expiry(seconds: u32) -> Duration {
     match seconds {
@@ -483,5 +506,6 @@ pub(crate) fn qos(qos: types::QoS) -> Qos {
     }
 }
 
+mod strict;
 #[cfg(test)]
 mod tests;

@@ -785,7 +785,7 @@ async fn each_breach_of_the_protocol_is_named_and_ends_only_its_connection() {
         // PUBLISH to a filter, to a share, and to nothing.
         (b"\x30\x04\x00\x01#\x00", Code::TopicNameInvalid),
         (b"\x30\x0d\x00\x0a$share/g/t\x00", Code::TopicNameInvalid),
-        (b"\x30\x03\x00\x00\x00", Code::TopicNameInvalid),
+        (b"\x30\x03\x00\x00\x00", Code::ProtocolError),
         // A CONNACK from a client.
         (b"\x20\x03\x00\x00\x00", Code::ProtocolError),
     ];
