@@ -9,13 +9,28 @@ import sys
 
 
 async def copy(reader, writer):
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
+    """Passes on what comes until it ends; what the other side does not take any more is dropped, so
+    that a client can still read what it was sent before the end."""
+    open_ = True
+    while True:
+        try:
+            data = await reader.read(65536)
+        except OSError:
+            data = b""
+        if not data:
+            break
+        if open_:
+            try:
+                writer.write(data)
+                await writer.drain()
+            except OSError:
+                open_ = False
+    if writer.can_write_eof():
+        try:
+            writer.write_eof()
+        except OSError:
+            pass
+    else:
         writer.close()
 
 
@@ -35,6 +50,7 @@ async def main():
             writer.close()
             return
         await asyncio.gather(copy(reader, far[1]), copy(far[0], writer))
+        writer.close()
 
     server = await asyncio.start_server(forward, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
