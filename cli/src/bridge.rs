@@ -45,7 +45,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         bridge = Box::pin(Bridge::start(config)) => bridge.context("start the bridge")?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    announce(&bridge);
+    announce("admin", &bridge);
     let ended = {
         // A remote may come and go; only the first time that all are there is news.
         let ready = async {
@@ -73,9 +73,9 @@ pub(crate) fn load(file: &Path) -> anyhow::Result<BridgeConfig> {
 }
 
 /// Prints the address in use, for scripts. Nobody being there to read it is no reason to stop.
-fn announce(bridge: &Bridge) {
+fn announce(name: &str, bridge: &Bridge) {
     if let Some(address) = bridge.admin() {
-        let _ = output::line(format_args!("admin={address}"));
+        let _ = output::line(format_args!("{name}={address}"));
     }
 }
 
@@ -90,7 +90,7 @@ impl Beside {
         for config in configs {
             match Box::pin(Bridge::start(config)).await {
                 Ok(bridge) => {
-                    announce(&bridge);
+                    announce("bridge-admin", &bridge);
                     bridges.0.push(bridge);
                 }
                 Err(error) => {
