@@ -1,9 +1,12 @@
 //! Flows and batches: messages of one topic from one publisher, encoded once for all receivers.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
 use selvedge_certs::Identity;
 use selvedge_proto::frame::{self, FrameError, Kind};
 use selvedge_proto::lane::{self, Flags, MessageRef};
@@ -11,8 +14,12 @@ use selvedge_proto::message::{Class, Properties, Qos};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 
+#[cfg(test)]
+mod tests;
+
 /// One topic as one publisher's session uses it. Its id is the alias on every delivery lane of the
-/// tenant, so that an encoded message is the same for every receiver.
+/// tenant, so that an encoded message is the same for every receiver. A flow that is dropped leaves its
+/// id to another: who remembers a flow by its id keeps the flow, too.
 #[derive(Debug)]
 pub struct Flow {
     /// Unique within the tenant.
@@ -25,6 +32,8 @@ pub struct Flow {
     pub session: u64,
     /// The encoded BIND frame that announces the flow on a delivery lane.
     pub bind: Bytes,
+    /// Where the id came from.
+    ids: Option<Arc<FlowIds>>,
 }
 
 impl Flow {
@@ -44,7 +53,53 @@ impl Flow {
             publisher,
             session,
             bind,
+            ids: None,
         }
+    }
+
+    /// A flow with the smallest id that is free.
+    pub(crate) fn numbered(
+        ids: &Arc<FlowIds>,
+        topic: TopicName,
+        publisher: Identity,
+        session: u64,
+    ) -> Self {
+        let mut flow = Self::new(ids.take(), topic, publisher, session);
+        flow.ids = Some(Arc::clone(ids));
+        flow
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        if let Some(ids) = &self.ids {
+            ids.give_back(self.id);
+        }
+    }
+}
+
+/// The ids of a tenant's flows, from 1. Small ones are used first, since a message has two bytes for its
+/// alias unless the id needs four. There are as many free ones, at most, as flows have been open at once.
+#[derive(Debug, Default)]
+pub(crate) struct FlowIds {
+    free: Mutex<(u32, BinaryHeap<Reverse<u32>>)>,
+}
+
+impl FlowIds {
+    fn take(&self) -> u32 {
+        let (highest, free) = &mut *self.free.lock();
+        free.pop().map_or_else(
+            || {
+                // 2^30 flows do not fit in memory.
+                *highest += 1;
+                *highest
+            },
+            |Reverse(id)| id,
+        )
+    }
+
+    fn give_back(&self, id: u32) {
+        self.free.lock().1.push(Reverse(id));
     }
 }
 

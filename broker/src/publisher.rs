@@ -150,6 +150,11 @@ impl Topic {
         &self.flow.topic
     }
 
+    /// Its alias on every delivery lane.
+    pub fn alias(&self) -> u32 {
+        self.flow.id
+    }
+
     /// What became of what was published since the last call.
     pub fn take_outcome(&mut self) -> Outcome {
         std::mem::take(&mut self.outcome)
@@ -284,6 +289,38 @@ impl Publisher {
         Ok(())
     }
 
+    /// Whether plain messages ([`Flags::is_plain`]) of a topic may go on as they came, with
+    /// [`Self::publish_run`]: nobody has to be asked, and nothing is counted for each of them.
+    #[inline]
+    pub fn takes_runs(&self, topic: &mut Topic, qos: Qos) -> bool {
+        self.refresh(topic);
+        topic.denial.is_none()
+            && topic.decided == self.fabric.policy_generation()
+            && !self.usage.is_rated()
+            && !topic.route.may_refuse
+            && topic.route.groups.is_empty()
+            && (qos == Qos::AtMostOnce
+                || (self.fabric.store.as_ref()).is_none_or(|store| store.check().is_ok()))
+    }
+
+    /// Takes `count` plain messages for which [`Self::takes_runs`], encoded as a batch has them: under
+    /// [`Topic::alias`], with no flag but their quality of service. Shared ones are handed out at once,
+    /// and keep all of the memory that they are a part of.
+    pub fn publish_run(&self, topic: &mut Topic, qos: Qos, count: u32, frames: Payload<'_>) {
+        let is_shared = matches!(frames, Payload::Shared(_));
+        if is_shared || topic.pending_qos != qos || topic.pending.len() >= BATCH {
+            self.flush(topic);
+            topic.pending_qos = qos;
+        }
+        match frames {
+            Payload::Borrowed(frames) => {
+                topic.pending.extend_from_slice(frames);
+                topic.pending_count += count;
+            }
+            Payload::Shared(frames) => self.hand_out_frames(topic, qos, count, frames),
+        }
+    }
+
     /// Remembers a refusal for `selvedge explain`.
     #[cold]
     pub(crate) fn refused(&self, topic: &Topic, message: &Incoming<'_>, status: &Status) {
@@ -341,14 +378,20 @@ impl Publisher {
         if topic.pending_count == 0 {
             return;
         }
+        let count = std::mem::take(&mut topic.pending_count);
+        let frames = topic.pending.split().freeze();
+        self.hand_out_frames(topic, topic.pending_qos, count, frames);
+    }
+
+    fn hand_out_frames(&self, topic: &mut Topic, qos: Qos, count: u32, frames: Bytes) {
         let batch = Batch {
             flow: Arc::clone(&topic.flow),
             class: topic.class,
-            qos: topic.pending_qos,
+            qos,
             retain: false,
             retain_as_published: false,
-            count: std::mem::take(&mut topic.pending_count),
-            frames: topic.pending.split().freeze(),
+            count,
+            frames,
             payload: Bytes::new(),
             expires: None,
         };

@@ -293,6 +293,12 @@ impl Usage {
             .map_err(|reached| self.refuse(reached))
     }
 
+    /// Whether [`Self::admit`] counts.
+    #[inline]
+    pub fn is_rated(&self) -> bool {
+        self.is_rated
+    }
+
     /// As [`Self::admit`]. What the tenant refuses is not counted against the identity, and what the
     /// identity is refused is not counted against the tenant.
     fn admit_at(&self, now: Instant) -> Result<(), Reached> {

@@ -1,18 +1,17 @@
 //! One tenant: its sessions, subscriptions, retained messages, services and models.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use selvedge_certs::Identity;
-use selvedge_proto::frame;
 use selvedge_proto::message::{Class, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::{SubscribeTarget, TopicFilter, TopicName};
 
 use crate::backlog::Backlog;
-use crate::batch::{Batch, Flow};
+use crate::batch::{Batch, Flow, FlowIds};
 use crate::clock;
 use crate::config::Limits;
 use crate::dedup::Dedup;
@@ -61,7 +60,7 @@ pub struct Tenant {
     metrics: Arc<Metrics>,
     store: Option<Store>,
     sessions: DashMap<SessionKey, Arc<Session>>,
-    next_flow: AtomicU64,
+    flow_ids: Arc<FlowIds>,
 }
 
 /// What a client asks for when it connects.
@@ -168,7 +167,7 @@ impl Tenant {
             metrics,
             store,
             sessions: DashMap::new(),
-            next_flow: AtomicU64::new(1),
+            flow_ids: Arc::default(),
         }
     }
 
@@ -605,10 +604,12 @@ impl Tenant {
 
     /// A flow for a topic that a session publishes to.
     pub(crate) fn flow(&self, topic: TopicName, publisher: &Identity, session: u64) -> Arc<Flow> {
-        // Ids come round after 2^30 flows; lanes tell flows apart by more than the id.
-        let serial = self.next_flow.fetch_add(1, Ordering::Relaxed);
-        let id = (serial % (frame::MAX_FRAME as u64)) as u32 + 1;
-        Arc::new(Flow::new(id, topic, publisher.clone(), session))
+        Arc::new(Flow::numbered(
+            &self.flow_ids,
+            topic,
+            publisher.clone(),
+            session,
+        ))
     }
 
     /// Owes a subscription what is retained now.

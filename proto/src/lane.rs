@@ -3,6 +3,9 @@
 //! The body is `flags alias [header-length header] payload`: one byte of [`Flags`], the alias that
 //! a `Bind` frame gave to the topic (variable-length integer), then, if the flags say so, a
 //! `MessageHeader` with its length before it, then the payload to the end of the frame.
+//!
+//! An alias is written in two bytes at least, so that who passes messages on can put its own alias in
+//! its place ([`realias`]) instead of writing the messages again.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -100,6 +103,12 @@ impl Flags {
         Self(bits)
     }
 
+    /// Nothing but a quality of service of 0 or 1: such a message is passed on as it came.
+    #[inline]
+    pub fn is_plain(self) -> bool {
+        self.0 <= Qos::AtLeastOnce as u8
+    }
+
     /// The byte, with or without the sign that a header follows.
     pub(crate) fn bits(self, header: bool) -> u8 {
         self.with(Self::HEADER, header).0
@@ -173,12 +182,12 @@ pub fn put_message_head(
     header: Option<&[u8]>,
     payload: usize,
 ) {
-    let alias = alias as usize;
+    let (alias, width) = written(alias);
     let header_bytes = header.map_or(0, |header| frame::varint_len(header.len()) + header.len());
-    let body = 1 + frame::varint_len(alias) + header_bytes + payload;
+    let body = 1 + width + header_bytes + payload;
     frame::put_head(buffer, Kind::MESSAGE, body);
     buffer.put_u8(flags.with(Flags::HEADER, header.is_some()).0);
-    frame::put_varint(buffer, alias);
+    buffer.extend_from_slice(&alias[..width]);
     if let Some(header) = header {
         frame::put_varint(buffer, header.len());
         buffer.extend_from_slice(header);
@@ -196,6 +205,73 @@ pub fn put_message(
 ) {
     put_message_head(buffer, flags, alias, header, payload.len());
     buffer.extend_from_slice(payload);
+}
+
+/// An alias as it is written, and how many bytes of that count.
+#[inline]
+fn written(alias: u32) -> ([u8; 4], usize) {
+    if alias <= TWO_BYTES {
+        let [high, low] = (alias as u16 | 0x4000).to_be_bytes();
+        ([high, low, 0, 0], 2)
+    } else {
+        ((alias | 0x8000_0000).to_be_bytes(), 4)
+    }
+}
+
+/// Largest alias that two bytes hold.
+const TWO_BYTES: u32 = 0x3fff;
+
+/// Whole messages in a row that are alike: flags, alias and how they are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Bytes of their frames.
+    pub bytes: usize,
+    /// How many there are.
+    pub count: u32,
+}
+
+/// Puts `alias` in the place of that of the first message in `buffer`, and of all that follow it
+/// without a gap and have the same flags and alias. `limit` is the largest frame; a message with a body
+/// of `large` bytes or more ends the run, as does a frame that is not whole.
+///
+/// Returns `None`, with nothing changed, if there is no such message at the start, or `alias` needs more
+/// bytes than it has.
+#[inline]
+pub fn realias(buffer: &mut [u8], alias: u32, limit: usize, large: usize) -> Option<Run> {
+    let whole = |buffer: &[u8]| {
+        let head = frame::peek(buffer, limit).ok().flatten()?;
+        let fits = head.kind == Kind::MESSAGE && head.body < large && head.total() <= buffer.len();
+        fits.then_some(head)
+    };
+    let mut head = whole(buffer)?;
+    let body = &buffer[head.prefix..head.total()];
+    let (_, width) = frame::varint(body.get(1..)?)?;
+    // Flags and alias are compared, and written, as one.
+    let mut old = [0; 5];
+    old[..=width].copy_from_slice(&body[..=width]);
+    let mut new = old;
+    match width {
+        2 if alias <= TWO_BYTES => {
+            new[1..3].copy_from_slice(&(alias as u16 | 0x4000).to_be_bytes());
+        }
+        4 => new[1..].copy_from_slice(&(alias | 0x8000_0000).to_be_bytes()),
+        _ => return None,
+    }
+    let mut run = Run { bytes: 0, count: 0 };
+    loop {
+        let start = run.bytes + head.prefix;
+        buffer[start..=start + width].copy_from_slice(&new[..=width]);
+        run.bytes += head.total();
+        run.count += 1;
+        match whole(&buffer[run.bytes..]) {
+            Some(next)
+                if buffer[run.bytes + next.prefix..][..next.body].starts_with(&old[..=width]) =>
+            {
+                head = next;
+            }
+            _ => return Some(run),
+        }
+    }
 }
 
 /// Most bytes that a message frame needs beyond header and payload.

@@ -5,8 +5,8 @@ use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use quinn::{ReadError, RecvStream};
-use selvedge_proto::frame::{self, FrameError, Kind};
-use selvedge_proto::lane::MessageRef;
+use selvedge_proto::frame::{self, FrameError, Head, Kind};
+use selvedge_proto::lane::{self, MessageRef, Run};
 use selvedge_proto::message::{Class, Durability, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
@@ -18,6 +18,9 @@ use crate::store::StoreError;
 
 /// Chunks taken from the stream at once; a chunk is about a packet.
 const CHUNKS: usize = 64;
+
+/// Messages are passed on where they were read, instead of copied, from this many bytes on.
+const SHARED: usize = 1024;
 
 /// One publish lane.
 pub(super) struct Ingest {
@@ -133,6 +136,7 @@ impl Ingest {
 
     /// Takes every whole frame out of `buffer`.
     fn take(&mut self, buffer: &mut BytesMut) -> Result<(), FrameError> {
+        let whole = buffer.len();
         let mut position = 0;
         loop {
             let rest = &buffer[position..];
@@ -154,7 +158,20 @@ impl Ingest {
                 self.message(message, payload)?;
                 continue;
             }
-            let body = &rest[head.prefix..head.total()];
+            if let Some((alias, qos, run)) = self.run_at(&mut buffer[position..], head) {
+                // What is shared keeps all of the read, so it has to be most of it.
+                let frames = if run.bytes >= SHARED && run.bytes * 2 >= whole {
+                    buffer.advance(position);
+                    position = 0;
+                    Payload::Shared(buffer.split_to(run.bytes).freeze())
+                } else {
+                    position += run.bytes;
+                    Payload::Borrowed(&buffer[position - run.bytes..position])
+                };
+                self.take_run(alias, qos, run, frames);
+                continue;
+            }
+            let body = &buffer[position..][head.prefix..head.total()];
             if head.kind == Kind::MESSAGE {
                 let message = MessageRef::parse(body)?;
                 self.message(message, Payload::Borrowed(message.payload))?;
@@ -166,6 +183,40 @@ impl Ingest {
         }
         buffer.advance(position);
         Ok(())
+    }
+
+    /// Plain messages of one topic at the start of `buffer`, which begins with a whole frame: their
+    /// alias and quality of service. They bear the topic's alias on delivery lanes now.
+    #[inline]
+    fn run_at(&mut self, buffer: &mut [u8], head: Head) -> Option<(u32, Qos, Run)> {
+        if head.kind != Kind::MESSAGE {
+            return None;
+        }
+        let message = MessageRef::parse(&buffer[head.prefix..head.total()]).ok()?;
+        if !message.flags.is_plain() {
+            return None;
+        }
+        let (alias, qos) = (message.alias, message.flags.qos().ok()?);
+        let topic = self.topics.get_mut(alias as usize)?.as_mut()?;
+        if !self.publisher.takes_runs(topic, qos) {
+            return None;
+        }
+        let run = lane::realias(buffer, topic.alias(), self.limit, LARGE)?;
+        Some((alias, qos, run))
+    }
+
+    fn take_run(&mut self, alias: u32, qos: Qos, run: Run, frames: Payload<'_>) {
+        let Some(Some(topic)) = self.topics.get_mut(alias as usize) else {
+            return;
+        };
+        self.publisher.publish_run(topic, qos, run.count, frames);
+        mark_dirty(&mut self.dirty, alias);
+        if qos != Qos::AtMostOnce {
+            let first = self.number + 1;
+            self.number += u64::from(run.count);
+            let durability = topic.durability(Durability::Default);
+            self.answers.acknowledge(first, self.number, durability);
+        }
     }
 
     #[inline]
@@ -214,7 +265,8 @@ impl Ingest {
             Ok(()) => {
                 mark_dirty(&mut self.dirty, message.alias);
                 let durability = topic.durability(message.flags.durability());
-                self.answers.acknowledge(self.number, durability);
+                self.answers
+                    .acknowledge(self.number, self.number, durability);
             }
             Err(status) => self.answers.refused.push(wire::PublishRefused {
                 lane: 0,
@@ -373,10 +425,12 @@ impl Ingest {
 }
 
 impl Answers {
-    fn acknowledge(&mut self, number: u64, durability: Durability) {
+    fn acknowledge(&mut self, first: u64, last: u64, durability: Durability) {
         match self.taken.last_mut() {
-            Some((_, last, held)) if *last + 1 == number && *held == durability => *last = number,
-            _ => self.taken.push((number, number, durability)),
+            Some((_, held, demanded)) if *held + 1 == first && *demanded == durability => {
+                *held = last;
+            }
+            _ => self.taken.push((first, last, durability)),
         }
     }
 }

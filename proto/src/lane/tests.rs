@@ -29,6 +29,67 @@ proptest! {
     }
 
     #[test]
+    fn a_run_under_another_alias_is_what_would_have_been_written(
+        aliases in proptest::collection::vec(1u32..4, 1..12),
+        wide: bool,
+        to in 1u32..1 << 30,
+        sizes in proptest::collection::vec(0usize..200, 12),
+        large in 50usize..400,
+        cut in 0usize..40,
+    ) {
+        let plain = Flags::new(Qos::AtMostOnce);
+        let base = if wide { 1 << 20 } else { 0 };
+        let mut buffer = BytesMut::new();
+        let mut expected = BytesMut::new();
+        let mut ends = Vec::new();
+        for (&alias, &size) in aliases.iter().zip(&sizes) {
+            put_message(&mut buffer, plain, base + alias, None, &vec![7; size]);
+            put_message(&mut expected, plain, to, None, &vec![7; size]);
+            ends.push((buffer.len(), expected.len()));
+        }
+        let kept = buffer.len().saturating_sub(cut);
+        let width = if wide { 4 } else { 2 };
+        let alike = (0..ends.len())
+            .take_while(|&i| {
+                aliases[i] == aliases[0] && ends[i].0 <= kept && 1 + width + sizes[i] < large
+            })
+            .count();
+        let before = buffer.clone();
+        let run = realias(&mut buffer[..kept], to, frame::MAX_FRAME, large);
+        if alike == 0 || (!wide && to > TWO_BYTES) {
+            prop_assert_eq!(run, None);
+            prop_assert_eq!(buffer, before);
+            return Ok(());
+        }
+        let run = run.unwrap();
+        prop_assert_eq!((run.count as usize, run.bytes), (alike, ends[alike - 1].0));
+        prop_assert_eq!(&buffer[run.bytes..], &before[run.bytes..]);
+        if wide == (to > TWO_BYTES) {
+            prop_assert_eq!(&buffer[..run.bytes], &expected[..ends[alike - 1].1]);
+        }
+        let mut rest = &buffer[..run.bytes];
+        for size in &sizes[..alike] {
+            let head = frame::peek(rest, frame::MAX_FRAME).unwrap().unwrap();
+            let message = MessageRef::parse(&rest[head.prefix..head.total()]).unwrap();
+            prop_assert_eq!((message.flags, message.alias), (plain, to));
+            prop_assert_eq!(message.payload, &vec![7; *size][..]);
+            rest = &rest[head.total()..];
+        }
+    }
+
+    #[test]
+    fn hostile_runs_never_panic(
+        mut bytes in proptest::collection::vec(any::<u8>(), 0..64),
+        alias in 1u32..1 << 30,
+    ) {
+        let before = bytes.clone();
+        match realias(&mut bytes, alias, 1024, 48) {
+            None => prop_assert_eq!(bytes, before),
+            Some(run) => prop_assert!(run.bytes <= before.len() && run.count > 0),
+        }
+    }
+
+    #[test]
     fn hostile_bodies_never_panic(body in proptest::collection::vec(any::<u8>(), 0..64)) {
         if let Ok(message) = MessageRef::parse(&body) {
             prop_assert!(message.payload.len() < body.len());

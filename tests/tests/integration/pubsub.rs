@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use selvedge_client::{
-    Client, Durability, Message, Publish, Qos, SubscribeOptions, Subscription, TopicName, Will,
+    Client, Durability, Message, Properties, Publish, Qos, SubscribeOptions, Subscription,
+    TopicName, Will,
 };
 use selvedge_tests::TestBroker;
 use selvedge_tests::wait::{wait_for, within};
@@ -174,6 +175,96 @@ async fn messages_keep_their_order_per_publisher_and_topic() {
         *number += 1;
     }
     assert_eq!(expected.len(), 4);
+}
+
+/// What runs of messages are passed on where they were read, and what breaks a run, in one stream.
+#[tokio::test]
+async fn runs_of_messages_and_what_interrupts_them_arrive_whole_and_in_order() {
+    const COUNT: usize = 6_000;
+    let broker = TestBroker::open().await;
+    let (press, panel) = (
+        broker.client("press-7").await,
+        broker.client("panel-1").await,
+    );
+    let mut all = panel.subscribe("run/#").await.unwrap();
+    // Lengths of runs, sizes and qualities from a fixed sequence: every run length up to 200 messages.
+    let mut sequence = 7u32;
+    let mut draw = |below: u32| {
+        sequence = sequence.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (sequence >> 8) % below
+    };
+    let mut sent = Vec::new();
+    while sent.len() < COUNT {
+        let topic = format!("run/{}", draw(3));
+        let qos = [Qos::AtMostOnce, Qos::AtLeastOnce][draw(2) as usize];
+        for _ in 0..1 + draw(200).min(draw(200)) {
+            let size = match draw(40) {
+                0 => 4_000 + draw(4_000),
+                1 => 0,
+                _ => 40 + draw(400),
+            };
+            let mut payload = format!("{}:", sent.len()).into_bytes();
+            payload.resize(payload.len() + size as usize, b'x');
+            sent.push((topic.clone(), qos, payload, draw(50) == 0));
+        }
+    }
+    let publishing = async {
+        let mut acks = Vec::new();
+        for (topic, qos, payload, with_header) in &sent {
+            let mut message = Publish::new(topic.as_str(), payload.clone()).qos(*qos);
+            if *with_header {
+                message = message.properties(Properties {
+                    content_type: "text/plain".into(),
+                    ..Default::default()
+                });
+            }
+            if *qos == Qos::AtMostOnce {
+                press.publish_message(message).await.unwrap();
+            } else {
+                acks.push(press.publish_message(message));
+                // Those that wait are sent together.
+                if acks.len() == 64 {
+                    futures_util::future::try_join_all(acks.drain(..))
+                        .await
+                        .unwrap();
+                }
+            }
+        }
+        futures_util::future::try_join_all(acks).await.unwrap();
+    };
+    let receiving = async {
+        let mut received = Vec::new();
+        while received.len() < sent.len() {
+            received.push(next(&mut all).await);
+        }
+        received
+    };
+    let ((), received) = tokio::join!(publishing, receiving);
+    let number = |payload: &[u8]| -> usize {
+        let digits = payload.split(|&byte| byte == b':').next().unwrap();
+        std::str::from_utf8(digits).unwrap().parse().unwrap()
+    };
+    let mut seen = vec![false; sent.len()];
+    let mut last: HashMap<(String, Qos), usize> = HashMap::new();
+    for message in received {
+        let at = number(&message.payload);
+        let (topic, qos, payload, with_header) = &sent[at];
+        assert!(
+            !std::mem::replace(&mut seen[at], true),
+            "message {at} came twice"
+        );
+        assert_eq!(message.topic.as_str(), topic);
+        assert_eq!(message.qos, *qos);
+        assert_eq!(&message.payload[..], &payload[..]);
+        let content_type = if *with_header { "text/plain" } else { "" };
+        assert_eq!(message.properties().content_type, content_type);
+        // Those of QoS 1 are begun later than they are numbered, so each quality is in order by itself.
+        let before = last.insert((topic.clone(), *qos), at);
+        assert!(
+            before.is_none_or(|before| before < at),
+            "{at} after {before:?}"
+        );
+    }
 }
 
 #[tokio::test]
