@@ -64,6 +64,8 @@ pub struct Options {
     pub nats: Vec<PathBuf>,
     /// Where servers keep their files. Default: the system's temporary folder.
     pub dir: Option<PathBuf>,
+    /// Largest UDP payload of this broker and the relay. Default: the broker's.
+    pub packet_bytes: Option<u16>,
 }
 
 /// Compares. `program` is the `selvedge` binary; `progress` is told each line of progress.
@@ -76,7 +78,11 @@ pub async fn run(
     progress: &(dyn Fn(&str) + Sync),
 ) -> anyhow::Result<Report> {
     let files = process::raise_file_limit();
-    let (systems, missing) = system::find(options.peers.as_deref(), &options.nats)?;
+    let (systems, missing) = system::find(
+        options.peers.as_deref(),
+        &options.nats,
+        options.packet_bytes,
+    )?;
     let mut left_out = Vec::new();
     for line in missing {
         progress(&line);

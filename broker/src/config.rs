@@ -141,6 +141,9 @@ pub struct MqttProxies {
 pub struct Limits {
     /// Largest message, in bytes. Default 16 MiB.
     pub max_frame_bytes: usize,
+    /// Largest UDP payload of QUIC, in bytes: what is tried on a path, and what clients may send. A path
+    /// with a smaller MTU is found out. Default 6,550, which is also the most.
+    pub packet_bytes: u16,
     /// Largest alias on a publish lane. Default 4,096.
     pub aliases_per_lane: u32,
     /// Connections at once, all listeners together. Default 100,000.
@@ -243,6 +246,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_frame_bytes: selvedge_proto::DEFAULT_MAX_FRAME,
+            packet_bytes: selvedge_proto::MAX_UDP_PAYLOAD,
             aliases_per_lane: 4096,
             connections: 100_000,
             handshakes_before_retry: 64,
@@ -537,6 +541,12 @@ impl Limits {
             self.aliases_per_lane as usize,
             1,
             1 << 20,
+        );
+        bound(
+            "packet_bytes",
+            self.packet_bytes.into(),
+            selvedge_proto::MIN_UDP_PAYLOAD.into(),
+            selvedge_proto::MAX_UDP_PAYLOAD.into(),
         );
         bound("connections", self.connections, 1, 10_000_000);
         bound(

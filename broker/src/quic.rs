@@ -66,8 +66,12 @@ pub fn bind(
     socket.bind(&address.into())?;
     let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
     let config = server_config(credentials, trust, limits, protocols)?;
+    let mut endpoint = EndpointConfig::default();
+    endpoint
+        .max_udp_payload_size(limits.packet_bytes)
+        .map_err(|error| std::io::Error::other(format!("limits.packet_bytes: {error}")))?;
     Ok(Endpoint::new(
-        EndpointConfig::default(),
+        endpoint,
         Some(config),
         socket.into(),
         runtime,
@@ -123,6 +127,10 @@ fn transport(limits: &Limits) -> TransportConfig {
     let mut acks = quinn::AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(25));
     transport.ack_frequency_config(Some(acks));
+    // What a packet costs hardly depends on its size, so paths that allow it have large ones.
+    let mut mtu = quinn::MtuDiscoveryConfig::default();
+    mtu.upper_bound(limits.packet_bytes);
+    transport.mtu_discovery_config(Some(mtu));
     transport
 }
 

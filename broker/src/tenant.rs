@@ -1,6 +1,5 @@
 //! One tenant: its sessions, subscriptions, retained messages, services and models.
 
-
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 

@@ -91,6 +91,10 @@ struct Compare {
     /// system's folder for temporary files.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// Largest UDP payload of QUIC, for this broker and the relay: 1452 is that of a path of 1,500
+    /// bytes. Default: the broker's, which the loopback interface allows.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(1200..=6550))]
+    packet_bytes: Option<u16>,
     /// Time that is measured in each turn.
     #[arg(long, hide = true, value_name = "SECONDS")]
     seconds: Option<f64>,
@@ -107,6 +111,9 @@ struct Relay {
     /// The authority of its clients.
     #[arg(long, value_name = "FILE")]
     ca: PathBuf,
+    /// Largest UDP payload.
+    #[arg(long, value_name = "BYTES")]
+    packet_bytes: Option<u16>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -154,6 +161,7 @@ async fn run_compare(args: Compare) -> anyhow::Result<ExitCode> {
         peers: args.config,
         nats: args.nats,
         dir: args.dir,
+        packet_bytes: args.packet_bytes,
     };
     let progress = |line: &str| output::note(line);
     let report = tokio::select! {
@@ -192,7 +200,7 @@ async fn run_load() -> anyhow::Result<ExitCode> {
 }
 
 async fn run_relay(args: Relay) -> anyhow::Result<ExitCode> {
-    let endpoint = relay::bind(&args.cert, &args.key, &args.ca)?;
+    let endpoint = relay::bind(&args.cert, &args.key, &args.ca, args.packet_bytes)?;
     output::line(format_args!("quic={}", endpoint.local_addr()?))?;
     output::line("ready")?;
     relay::serve(endpoint).await;

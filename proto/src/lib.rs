@@ -34,6 +34,16 @@ pub const REVISION: u32 = 1;
 /// ALPN protocol name of native connections.
 pub const ALPN: &[u8] = b"selvedge/1";
 
+/// Largest UDP payload, in bytes, that either side takes and, where the path allows it, sends. With IP and
+/// UDP headers such a packet needs a path of 6,598 bytes; a path of 1,500 has packets of about 1,450.
+///
+/// A QUIC implementation hands up to ten packets of one size to the kernel at once (UDP segmentation
+/// offload), and ten of these are what one UDP send may hold: 65,507 bytes.
+pub const MAX_UDP_PAYLOAD: u16 = 6_550;
+
+/// Smallest UDP payload that a QUIC path must allow, in bytes (RFC 9000 section 14).
+pub const MIN_UDP_PAYLOAD: u16 = 1_200;
+
 /// Largest header frame (everything but message and data frames) that either side accepts, in bytes.
 ///
 /// A topic has up to 65,535 bytes. The largest frame names it twice and says why it is denied.

@@ -52,18 +52,26 @@ impl Greeting {
 /// Who is in which group.
 type Groups = Arc<Mutex<HashMap<u32, Vec<mpsc::Sender<Bytes>>>>>;
 
-/// Opens the relay on a free port of the loopback interface.
+/// Opens the relay on a free port of the loopback interface, with packets of the broker's size unless
+/// told otherwise.
 ///
 /// # Errors
 /// The certificates cannot be read, or the port not opened.
-pub fn bind(cert: &Path, key: &Path, trust: &Path) -> anyhow::Result<Endpoint> {
+pub fn bind(
+    cert: &Path,
+    key: &Path,
+    trust: &Path,
+    packet_bytes: Option<u16>,
+) -> anyhow::Result<Endpoint> {
     let credentials = Credentials::from_files(cert, key)?;
     let trust = TrustAnchors::from_file(trust)?;
+    let mut limits = Limits::default();
+    limits.packet_bytes = packet_bytes.unwrap_or(limits.packet_bytes);
     quic::bind(
         ([127, 0, 0, 1], 0).into(),
         &ReloadableCredentials::new(credentials),
         &trust,
-        &Limits::default(),
+        &limits,
         &[selvedge_proto::ALPN],
     )
     .context("open the relay")

@@ -102,6 +102,8 @@ pub(super) struct System {
     pub(super) name: String,
     /// What it speaks.
     pub(super) protocol: Protocol,
+    /// Largest UDP payload, of ours; none for the broker's default.
+    pub(super) packet_bytes: Option<u16>,
     kind: Kind,
 }
 
@@ -182,16 +184,19 @@ fn version_args() -> Vec<String> {
 pub(super) fn find(
     config: Option<&Path>,
     more_nats: &[PathBuf],
+    packet_bytes: Option<u16>,
 ) -> anyhow::Result<(Vec<System>, Vec<String>)> {
     let mut systems = vec![
         System {
             name: SELVEDGE.into(),
             protocol: Protocol::Selvedge,
+            packet_bytes,
             kind: Kind::Broker,
         },
         System {
             name: RELAY.into(),
             protocol: Protocol::Relay,
+            packet_bytes,
             kind: Kind::Relay,
         },
     ];
@@ -240,6 +245,7 @@ pub(super) fn find(
     systems.extend(peers.into_iter().map(|peer| System {
         name: peer.name.clone(),
         protocol: peer.protocol,
+        packet_bytes: None,
         kind: Kind::Peer(peer),
     }));
     let mut names: Vec<&str> = systems.iter().map(|system| system.name.as_str()).collect();
@@ -268,7 +274,7 @@ impl System {
             Kind::Broker => {
                 fs::write(dir.join("policy.toml"), POLICY)?;
                 let config = dir.join("broker.toml");
-                fs::write(&config, pki.fill(BROKER, dir, 0))?;
+                fs::write(&config, pki.fill(&self.broker_config(), dir, 0))?;
                 let config = config.to_str().context("the folder's path is no text")?;
                 let command = [own, "broker", "--config", config].map(String::from);
                 start_ours(program, &command, &log).await
@@ -281,6 +287,9 @@ impl System {
                     ("--ca", &pki.ca),
                 ] {
                     command.extend([flag.into(), path.display().to_string()]);
+                }
+                if let Some(bytes) = self.packet_bytes {
+                    command.extend(["--packet-bytes".into(), bytes.to_string()]);
                 }
                 start_ours(program, &command, &log).await
             }
@@ -302,13 +311,21 @@ impl System {
         })
     }
 
+    /// The broker's configuration, with places for what differs.
+    fn broker_config(&self) -> String {
+        let limits = self
+            .packet_bytes
+            .map(|bytes| format!("\n[limits]\npacket_bytes = {bytes}\n"));
+        format!("{BROKER}{}", limits.unwrap_or_default())
+    }
+
     /// What there is to say about it.
     pub(super) fn about(&self, program: &Path) -> About {
         let (version, program, config) = match &self.kind {
             Kind::Broker => (
                 concat!("selvedge ", env!("CARGO_PKG_VERSION")).to_owned(),
                 program.display().to_string(),
-                format!("{BROKER}\n# policy.toml\n{POLICY}"),
+                format!("{}\n# policy.toml\n{POLICY}", self.broker_config()),
             ),
             Kind::Relay => (
                 concat!("selvedge ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -471,7 +488,7 @@ mod tests {
         let config = folder.path().join("peers.toml");
         let text = "[[peer]]\nname = 'x'\nprotocol = 'mqtt'\ncommand = ['no-such-broker']";
         fs::write(&config, text).unwrap();
-        let (systems, missing) = find(Some(&config), &[]).unwrap();
+        let (systems, missing) = find(Some(&config), &[], None).unwrap();
         assert!(systems.iter().all(|system| system.name != "x"));
         assert!(missing.contains(&"x is left out: no \"no-such-broker\"".to_owned()));
     }
@@ -482,7 +499,7 @@ mod tests {
         let config = folder.path().join("peers.toml");
         let text = "[[peer]]\nname = 'x'\nprotocol = 'relay'\ncommand = ['sh']";
         fs::write(&config, text).unwrap();
-        let error = find(Some(&config), &[]).unwrap_err();
+        let error = find(Some(&config), &[], None).unwrap_err();
         assert_eq!(
             error.to_string(),
             "peer \"x\": expected the protocol nats or mqtt"

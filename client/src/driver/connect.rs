@@ -8,6 +8,7 @@ use quinn::{ConnectionError, VarInt};
 use selvedge_certs::{
     Identity, ReloadableCredentials, explain_connection_error, quic_client_config,
 };
+use selvedge_proto::MAX_UDP_PAYLOAD;
 use selvedge_proto::frame::{self, Kind};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::wire;
@@ -50,12 +51,11 @@ fn open(address: SocketAddr) -> std::io::Result<quinn::Endpoint> {
     socket.bind(&address.into())?;
     let runtime =
         quinn::default_runtime().ok_or_else(|| std::io::Error::other("no async runtime"))?;
-    quinn::Endpoint::new(
-        quinn::EndpointConfig::default(),
-        None,
-        socket.into(),
-        runtime,
-    )
+    let mut config = quinn::EndpointConfig::default();
+    config
+        .max_udp_payload_size(MAX_UDP_PAYLOAD)
+        .map_err(std::io::Error::other)?;
+    quinn::Endpoint::new(config, None, socket.into(), runtime)
 }
 
 /// Makes connections to the broker.
@@ -180,6 +180,10 @@ impl Connector {
         let mut acks = quinn::AckFrequencyConfig::default();
         acks.ack_eliciting_threshold(VarInt::from_u32(25));
         transport.ack_frequency_config(Some(acks));
+        // Fewer, larger packets where the path and the broker allow them.
+        let mut mtu = quinn::MtuDiscoveryConfig::default();
+        mtu.upper_bound(MAX_UDP_PAYLOAD);
+        transport.mtu_discovery_config(Some(mtu));
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport));
         Ok(Self {

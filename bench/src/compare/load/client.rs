@@ -17,8 +17,8 @@ use rustls::pki_types::ServerName;
 use selvedge_certs::{
     Authority, IssueRequest, ServerIdentity, TrustAnchors, quic_client_config, tcp_client_config,
 };
-use selvedge_proto::ALPN;
 use selvedge_proto::status::Code;
+use selvedge_proto::{ALPN, MAX_UDP_PAYLOAD};
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
@@ -338,6 +338,9 @@ fn transport() -> TransportConfig {
     let mut acks = quinn::AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(25));
     transport.ack_frequency_config(Some(acks));
+    let mut mtu = quinn::MtuDiscoveryConfig::default();
+    mtu.upper_bound(MAX_UDP_PAYLOAD);
+    transport.mtu_discovery_config(Some(mtu));
     transport
 }
 
@@ -352,7 +355,11 @@ fn endpoint() -> io::Result<Endpoint> {
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.bind(&address.into())?;
     let runtime = quinn::default_runtime().ok_or_else(|| io::Error::other("no runtime"))?;
-    Endpoint::new(EndpointConfig::default(), None, socket.into(), runtime)
+    let mut config = EndpointConfig::default();
+    config
+        .max_udp_payload_size(MAX_UDP_PAYLOAD)
+        .map_err(io::Error::other)?;
+    Endpoint::new(config, None, socket.into(), runtime)
 }
 
 async fn tls(stream: TcpStream, tls: Configured) -> anyhow::Result<Tls> {
