@@ -206,7 +206,7 @@ async fn serve(
     if let Some(trusted) = &listener.proxies {
         let header = tokio::select! {
             () = fabric.shutdown.cancelled() => return,
-            header = timeout_at(deadline, proxy::accept(&mut stream, peer, trusted)) => header,
+            header = timeout_at(deadline, Box::pin(proxy::accept(&mut stream, peer, trusted))) => header,
         };
         peer = match header {
             Ok(Ok(client)) => client,
@@ -233,7 +233,7 @@ async fn serve(
     match &listener.mode {
         Mode::Plaintext { identity } => {
             let proof = Proof::Known(identity.clone());
-            converse(fabric, arrival, stream, proof).await;
+            Box::pin(converse(fabric, arrival, stream, proof)).await;
         }
         Mode::Tls {
             acceptor,
@@ -241,12 +241,15 @@ async fn serve(
             passwords,
         } => {
             let begun = fabric.peers.generation();
+            // Its state is large, and not needed after it.
+            let handshake = Box::pin(timeout_at(deadline, acceptor.accept(stream)));
             let handshake = tokio::select! {
                 () = fabric.shutdown.cancelled() => return,
-                handshake = timeout_at(deadline, acceptor.accept(stream)) => handshake,
+                handshake = handshake => handshake,
             };
             let stream = match handshake {
-                Ok(Ok(stream)) => stream,
+                // Large, and handed on several times.
+                Ok(Ok(stream)) => Box::new(stream),
                 Ok(Err(error)) => {
                     let refused = refusal_of_io(&error);
                     let reason = refused.map_or_else(|| error.to_string(), ToString::to_string);
@@ -284,7 +287,7 @@ async fn serve(
                 (None, Some(passwords)) => Proof::Password(passwords.clone()),
                 (None, None) => Proof::Missing,
             };
-            converse(fabric, arrival, stream, proof).await;
+            Box::pin(converse(fabric, arrival, stream, proof)).await;
         }
     }
 }

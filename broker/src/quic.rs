@@ -129,7 +129,8 @@ fn transport(limits: &Limits) -> TransportConfig {
     transport.ack_frequency_config(Some(acks));
     // What a packet costs hardly depends on its size, so paths that allow it have large ones.
     let mut mtu = quinn::MtuDiscoveryConfig::default();
-    mtu.upper_bound(limits.packet_bytes);
+    mtu.upper_bound(limits.packet_bytes)
+        .minimum_change(selvedge_proto::UDP_PAYLOAD_STEP);
     transport.mtu_discovery_config(Some(mtu));
     transport
 }

@@ -41,6 +41,10 @@ pub const ALPN: &[u8] = b"selvedge/1";
 /// offload), and ten of these are what one UDP send may hold: 65,507 bytes.
 pub const MAX_UDP_PAYLOAD: u16 = 6_550;
 
+/// The search for the largest packet of a path ends when its steps are smaller than this, in bytes. Each
+/// step is a packet, and three where it fails; a path of 1,500 bytes still ends at 1,449.
+pub const UDP_PAYLOAD_STEP: u16 = 64;
+
 /// Smallest UDP payload that a QUIC path must allow, in bytes (RFC 9000 section 14).
 pub const MIN_UDP_PAYLOAD: u16 = 1_200;
 

@@ -1,14 +1,18 @@
 //! One MQTT connection: greeting, then one loop over everything that can happen to it.
 
+use std::future::poll_fn;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
 use futures_util::FutureExt as _;
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::SubscribeTarget;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::calls::Caller;
@@ -33,6 +37,9 @@ use crate::tenant::{Attachment, SubscribeRequest, Tenant};
 /// reads are full, so that idle ones stay small.
 const READ: (usize, usize) = (4 * 1024, 64 * 1024);
 
+/// Room for the first read, which is rarely more than a CONNECT.
+const CONNECT: usize = 256;
+
 /// Bytes waiting for the socket beyond which nothing is read. A client gets there only by asking
 /// without reading the answers; keep-alive then ends it.
 const STOP_READING: usize = 4 * HIGH_WATER;
@@ -41,10 +48,12 @@ const STOP_READING: usize = 4 * HIGH_WATER;
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Runs a connection to its end. CONNECT has to arrive before `deadline`.
+///
+/// The greeting's state is gone when the conversation begins, which lasts longer.
 pub(crate) async fn run<S>(
     fabric: &Arc<Fabric>,
     listener: &'static str,
-    mut stream: S,
+    stream: S,
     peer: SocketAddr,
     proof: Proof,
     deadline: Instant,
@@ -52,8 +61,41 @@ pub(crate) async fn run<S>(
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    let greeting = Box::pin(greet(fabric, listener, stream, peer, proof, deadline, slot));
+    if let Some(conversation) = greeting.await {
+        conversation.run().await;
+    }
+}
+
+/// A client that was let in.
+struct Conversation<S> {
+    actor: Box<Actor>,
+    stream: S,
+    reader: Reader,
+    /// What was read and not yet taken.
+    buffer: BytesMut,
+    /// Its CONNACK.
+    output: Output,
+    peer: SocketAddr,
+    /// A certificate that is revoked while it is kept ends the connection.
+    proof: Proof,
+}
+
+/// Reads CONNECT and lets the client in, or tells it why not.
+async fn greet<S>(
+    fabric: &Arc<Fabric>,
+    listener: &'static str,
+    mut stream: S,
+    peer: SocketAddr,
+    proof: Proof,
+    deadline: Instant,
+    slot: &Slot,
+) -> Option<Box<Conversation<S>>>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
     let mut reader = Reader::new(fabric.limits.max_frame_bytes);
-    let mut buffer = BytesMut::with_capacity(READ.0);
+    let mut buffer = BytesMut::with_capacity(CONNECT);
     let greeting = timeout_at(deadline, async {
         let mut connect = connect::read(&mut reader, &mut stream, &mut buffer).await?;
         if slot.is_refusal {
@@ -84,7 +126,7 @@ pub(crate) async fn run<S>(
                 refusal,
             )
             .await;
-            return;
+            return None;
         }
     };
     let tenant = fabric.tenant(&greeting.identity);
@@ -95,7 +137,7 @@ pub(crate) async fn run<S>(
             let refusal = Refusal::answer(Reason::of_refusal(&status), "quota", status.message);
             let version = reader.version();
             refuse(fabric, listener, &mut stream, peer, version, refusal).await;
-            return;
+            return None;
         }
     };
     let attached = Attached {
@@ -137,7 +179,15 @@ pub(crate) async fn run<S>(
         },
     );
     let actor = Actor::new(fabric, tenant, attached, listener, &connect, greeting);
-    actor.run(stream, reader, buffer, output, peer).await;
+    Some(Box::new(Conversation {
+        actor: Box::new(actor),
+        stream,
+        reader,
+        buffer,
+        output,
+        peer,
+        proof,
+    }))
 }
 
 /// Tells a client why it is not let in, as far as its version can.
@@ -247,6 +297,73 @@ enum End {
     Silent,
 }
 
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Conversation<S> {
+    /// Speaks with the client until one of them ends it.
+    async fn run(self: Box<Self>) {
+        let Self {
+            mut actor,
+            stream,
+            mut reader,
+            mut buffer,
+            mut output,
+            peer,
+            proof: _proof,
+        } = *self;
+        let (mut read_half, mut write_half) = tokio::io::split(stream);
+        let end = actor
+            .serve(
+                &mut read_half,
+                &mut write_half,
+                &mut reader,
+                &mut buffer,
+                &mut output,
+            )
+            .await;
+        let limit = actor.manners.limit;
+        match &end {
+            End::Disconnected(disconnect) if !disconnect.with_will => {
+                actor.exchange.leave();
+                actor.attached.end = ConnectionEnd::Clean {
+                    expiry: disconnect
+                        .session_expiry
+                        .map(|expiry| expiry.min(actor.fabric.limits.session_expiry)),
+                };
+            }
+            End::Disconnected(_) | End::Closed => {}
+            End::Protocol(error) => {
+                actor
+                    .fabric
+                    .metrics
+                    .protocol_error(actor.listener, error.what);
+                actor.refused(Code::InvalidArgument, &error.to_string());
+                let text = error.to_string();
+                output.disconnect(actor.version, error.reason, &text, None, limit);
+            }
+            End::Kicked(status) => {
+                let (reason, reference) = actor.fabric.mqtt.redirect(Reason::of_kick(status));
+                output.disconnect(actor.version, reason, &status.message, reference, limit);
+            }
+            End::Silent => {
+                actor
+                    .fabric
+                    .metrics
+                    .protocol_error(actor.listener, "keep_alive");
+                let text = "nothing arrived for one and a half times the keep-alive";
+                actor.refused(Code::DeadlineExceeded, text);
+                let reason = Reason::KEEP_ALIVE_TIMEOUT;
+                output.disconnect(actor.version, reason, text, None, limit);
+            }
+        }
+        tracing::debug!(
+            listener = actor.listener, %peer, client = %actor.attached.attachment.session.key.name,
+            end = end.as_str(), "disconnected"
+        );
+        // The will and the session's next connection do not wait for a peer that may be gone.
+        drop(actor);
+        farewell(&mut read_half, &mut write_half, &mut output).await;
+    }
+}
+
 impl Actor {
     fn new(
         fabric: &Arc<Fabric>,
@@ -305,68 +422,6 @@ impl Actor {
         }
     }
 
-    async fn run<S>(
-        mut self,
-        stream: S,
-        mut reader: Reader,
-        mut buffer: BytesMut,
-        mut output: Output,
-        peer: SocketAddr,
-    ) where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
-    {
-        let (mut read_half, mut write_half) = tokio::io::split(stream);
-        let end = self
-            .serve(
-                &mut read_half,
-                &mut write_half,
-                &mut reader,
-                &mut buffer,
-                &mut output,
-            )
-            .await;
-        let limit = self.manners.limit;
-        match &end {
-            End::Disconnected(disconnect) if !disconnect.with_will => {
-                self.exchange.leave();
-                self.attached.end = ConnectionEnd::Clean {
-                    expiry: disconnect
-                        .session_expiry
-                        .map(|expiry| expiry.min(self.fabric.limits.session_expiry)),
-                };
-            }
-            End::Disconnected(_) | End::Closed => {}
-            End::Protocol(error) => {
-                self.fabric
-                    .metrics
-                    .protocol_error(self.listener, error.what);
-                self.refused(Code::InvalidArgument, &error.to_string());
-                let text = error.to_string();
-                output.disconnect(self.version, error.reason, &text, None, limit);
-            }
-            End::Kicked(status) => {
-                let (reason, reference) = self.fabric.mqtt.redirect(Reason::of_kick(status));
-                output.disconnect(self.version, reason, &status.message, reference, limit);
-            }
-            End::Silent => {
-                self.fabric
-                    .metrics
-                    .protocol_error(self.listener, "keep_alive");
-                let text = "nothing arrived for one and a half times the keep-alive";
-                self.refused(Code::DeadlineExceeded, text);
-                let reason = Reason::KEEP_ALIVE_TIMEOUT;
-                output.disconnect(self.version, reason, text, None, limit);
-            }
-        }
-        tracing::debug!(
-            listener = self.listener, %peer, client = %self.attached.attachment.session.key.name,
-            end = end.as_str(), "disconnected"
-        );
-        // The will and the session's next connection do not wait for a peer that may be gone.
-        drop(self);
-        farewell(&mut read_half, &mut write_half, &mut output).await;
-    }
-
     async fn serve<R, W>(
         &mut self,
         read_half: &mut R,
@@ -412,10 +467,7 @@ impl Actor {
                     None => break,
                 }
             }
-            if buffer.capacity() - buffer.len() < READ.0 / 4 {
-                buffer.reserve(chunk);
-            }
-            let room = buffer.capacity() - buffer.len();
+            let room = make_room(buffer, chunk);
             let writable = output.has_remaining() || unflushed;
             let resting = self.publishing.resting_until();
             let may_fill = self.delivery.has_more() && self.delivery.has_room(output);
@@ -427,7 +479,7 @@ impl Actor {
             tokio::select! {
                 biased;
                 status = &mut ended => return End::Kicked(status),
-                read = read_half.read_buf(buffer), if output.remaining() < STOP_READING && self.publishing.may_take() => {
+                read = read(read_half, buffer), if output.remaining() < STOP_READING && self.publishing.may_take() => {
                     let count = match read {
                         Ok(0) | Err(_) => return End::Closed,
                         Ok(count) => count,
@@ -707,6 +759,39 @@ async fn rested(until: Option<Instant>) {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
     }
+}
+
+/// Makes room to read `chunk` bytes, and says how much there is. A connection that reads little keeps no
+/// buffer while it waits: [`read`] has a place of its own then.
+fn make_room(buffer: &mut BytesMut, chunk: usize) -> usize {
+    if buffer.is_empty() && chunk == READ.0 {
+        *buffer = BytesMut::new();
+        return READ.0;
+    }
+    if buffer.capacity() - buffer.len() < READ.0 / 4 {
+        buffer.reserve(chunk);
+    }
+    buffer.capacity() - buffer.len()
+}
+
+/// Reads into the room of `buffer`, or if that has none at all, makes it as large as what there is to
+/// read, up to the least of [`READ`]. Dropping the future loses nothing.
+async fn read<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    buffer: &mut BytesMut,
+) -> std::io::Result<usize> {
+    if buffer.capacity() > 0 {
+        return reader.read_buf(buffer).await;
+    }
+    poll_fn(|context| {
+        // On the stack, so that it is no part of what an idle connection holds.
+        let mut place = [MaybeUninit::<u8>::uninit(); READ.0];
+        let mut place = ReadBuf::uninit(&mut place);
+        ready!(Pin::new(&mut *reader).poll_read(context, &mut place))?;
+        buffer.extend_from_slice(place.filled());
+        Poll::Ready(Ok(place.filled().len()))
+    })
+    .await
 }
 
 /// Writes what the transport takes at once, then flushes. Dropping the future loses nothing.

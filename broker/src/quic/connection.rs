@@ -14,7 +14,7 @@ use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::datagram::{DatagramDelivery, DatagramIngest};
 use super::delivery::Delivery;
@@ -36,16 +36,101 @@ use crate::tenant::{Attachment, Connect, Tenant};
 /// lanes first, which wait to queue their acknowledgements, and in the end its own requests.
 const CONTROL_QUEUE: usize = 256;
 
+/// To the task that writes the control stream. Frames are boxed, since the queue of an idle connection has
+/// room for 32 of them from the start.
+pub(super) type ControlSender = mpsc::Sender<Box<wire::control::Frame>>;
+
 /// Time for the last frame to reach the peer before the connection closes.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// A client that was let in.
+struct Established {
+    actor: Box<Actor>,
+    /// What it says on the control stream.
+    reader: FrameReader,
+    writer: JoinHandle<()>,
+}
+
 /// Runs a connection to its end.
+///
+/// The greeting's state is gone when the conversation begins, which lasts longer.
 pub(super) async fn run(
     fabric: &Arc<Fabric>,
     connection: Connection,
     identity: Identity,
     peer: &Peer,
 ) {
+    let remote = connection.remote_address();
+    let established = Box::pin(establish(fabric, connection, identity, peer)).await;
+    let Some(Established {
+        mut actor,
+        reader,
+        writer,
+    }) = established
+    else {
+        return;
+    };
+    let end = actor.run(reader).await;
+    let clean = matches!(end, End::Goodbye);
+    if clean {
+        // The goodbye is read before datagrams that came ahead of it. What is wrong with them is of
+        // no interest any more.
+        let _ = actor.datagrams().drain().await;
+    }
+    let farewell_frame = match &end {
+        End::Goodbye => Some(goodbye(&Status::ok())),
+        End::Kicked(status) | End::Violation(status) => Some(goodbye(status)),
+        End::Lost => None,
+    };
+    // Registrations go first, so that no new call is sent to a connection that is closing.
+    actor.withdraw_all(!clean);
+    actor.tenant.detach(
+        fabric,
+        &actor.attachment,
+        if clean {
+            ConnectionEnd::Clean { expiry: None }
+        } else {
+            ConnectionEnd::Lost
+        },
+    );
+    if let Some(frame) = farewell_frame {
+        let _ = actor.control.try_send(Box::new(frame));
+    }
+    actor.tasks.abort_all();
+    let Actor {
+        control,
+        mut tasks,
+        identity,
+        connection,
+        tenant,
+        ..
+    } = *actor;
+    while tasks.join_next().await.is_some() {}
+    drop(control);
+    let _ = tokio::time::timeout(FAREWELL, writer).await;
+    match end {
+        End::Goodbye => close(&connection, Code::Ok, "goodbye"),
+        End::Kicked(status) => {
+            tracing::debug!(%identity, %status, "connection ended");
+            close(&connection, status.code, &status.message);
+        }
+        End::Violation(status) => {
+            tracing::warn!(%identity, %remote, %status, "protocol violation");
+            fabric.metrics.protocol_error(LISTENER, "frame");
+            tenant.refused(&identity, &status);
+            close(&connection, status.code, &status.message);
+        }
+        End::Lost => close(&connection, Code::Unavailable, "connection lost"),
+    }
+}
+
+/// Hears the client's Hello and lets it in, or tells it why not.
+async fn establish(
+    fabric: &Arc<Fabric>,
+    connection: Connection,
+    identity: Identity,
+    peer: &Peer,
+) -> Option<Established> {
     let remote = connection.remote_address();
     let greeting =
         tokio::time::timeout(fabric.limits.handshake_timeout, greet(fabric, &connection));
@@ -61,14 +146,14 @@ pub(super) async fn run(
                 fabric.metrics.refuse(LISTENER, "closed_before_hello");
             }
             close(&connection, Code::InvalidArgument, &error.to_string());
-            return;
+            return None;
         }
         Err(_) => {
             fabric.metrics.refuse(LISTENER, "hello_timeout");
             let status = Status::new(Code::DeadlineExceeded, "no Hello arrived in time");
             fabric.tenant(&identity).refused(&identity, &status);
             close(&connection, status.code, &status.message);
-            return;
+            return None;
         }
     };
     let connect = match connect_of(fabric, &identity, &hello) {
@@ -79,7 +164,7 @@ pub(super) async fn run(
             let goodbye = goodbye(&status);
             farewell(send, vec![goodbye]).await;
             close(&connection, status.code, &status.message);
-            return;
+            return None;
         }
     };
     let tenant = fabric.tenant(&identity);
@@ -95,14 +180,14 @@ pub(super) async fn run(
         (tenant.explain).refused(&identity, Some(&will.topic), None, &status);
         farewell(send, vec![goodbye(&status)]).await;
         close(&connection, status.code, &status.message);
-        return;
+        return None;
     }
     if let Err(Eviction { status, label }) = peer.check() {
         fabric.metrics.refuse(LISTENER, label);
         tenant.refused(&identity, &status);
         farewell(send, vec![goodbye(&status)]).await;
         close(&connection, status.code, &status.message);
-        return;
+        return None;
     }
     let attachment = match tenant.attach(fabric, &connect) {
         Ok(attachment) => attachment,
@@ -111,7 +196,7 @@ pub(super) async fn run(
             tenant.refused(&identity, &status);
             farewell(send, vec![goodbye(&status)]).await;
             close(&connection, status.code, &status.message);
-            return;
+            return None;
         }
     };
     peer.attached(&attachment.kick);
@@ -132,14 +217,15 @@ pub(super) async fn run(
         }),
         key_exchange: selvedge_certs::negotiated_group(&connection).unwrap_or_default(),
     };
-    let _ = control.send(wire::control::Frame::Welcome(welcome)).await;
+    let welcome = Box::new(wire::control::Frame::Welcome(welcome));
+    let _ = control.send(welcome).await;
     tracing::debug!(%identity, %remote, session = %attachment.session.key.name, present = attachment.present, "connected");
 
-    let mut actor = Actor {
+    let actor = Box::new(Actor {
         publisher: Publisher::new(fabric, Arc::clone(&tenant), &attachment.session),
         fabric: Arc::clone(fabric),
-        tenant: Arc::clone(&tenant),
-        connection: connection.clone(),
+        tenant,
+        connection,
         identity,
         policy,
         attachment,
@@ -151,57 +237,12 @@ pub(super) async fn run(
         models: HashMap::new(),
         message_bytes,
         peer_limit: hello.max_frame_bytes as usize,
-    };
-    let end = actor.run(reader).await;
-    let clean = matches!(end, End::Goodbye);
-    if clean {
-        // The goodbye is read before datagrams that came ahead of it. What is wrong with them is of
-        // no interest any more.
-        let _ = actor.datagrams().drain().await;
-    }
-    let farewell_frame = match &end {
-        End::Goodbye => Some(goodbye(&Status::ok())),
-        End::Kicked(status) | End::Violation(status) => Some(goodbye(status)),
-        End::Lost => None,
-    };
-    // Registrations go first, so that no new call is sent to a connection that is closing.
-    actor.withdraw_all(!clean);
-    tenant.detach(
-        fabric,
-        &actor.attachment,
-        if clean {
-            ConnectionEnd::Clean { expiry: None }
-        } else {
-            ConnectionEnd::Lost
-        },
-    );
-    if let Some(frame) = farewell_frame {
-        let _ = actor.control.try_send(frame);
-    }
-    actor.tasks.abort_all();
-    let Actor {
-        control,
-        mut tasks,
-        identity,
-        ..
-    } = actor;
-    while tasks.join_next().await.is_some() {}
-    drop(control);
-    let _ = tokio::time::timeout(FAREWELL, writer).await;
-    match end {
-        End::Goodbye => close(&connection, Code::Ok, "goodbye"),
-        End::Kicked(status) => {
-            tracing::debug!(%identity, %status, "connection ended");
-            close(&connection, status.code, &status.message);
-        }
-        End::Violation(status) => {
-            tracing::warn!(%identity, %remote, %status, "protocol violation");
-            fabric.metrics.protocol_error(LISTENER, "frame");
-            tenant.refused(&identity, &status);
-            close(&connection, status.code, &status.message);
-        }
-        End::Lost => close(&connection, Code::Unavailable, "connection lost"),
-    }
+    });
+    Some(Established {
+        actor,
+        reader,
+        writer,
+    })
 }
 
 /// How a connection ends.
@@ -320,7 +361,7 @@ pub(super) struct Actor {
     pub(super) attachment: Attachment,
     pub(super) publisher: Publisher,
     /// To the task that writes the control stream.
-    control: mpsc::Sender<wire::control::Frame>,
+    control: ControlSender,
     /// Open delivery lanes, for acknowledgements.
     pub(super) lanes: HashMap<u32, Arc<DeliveryQueue>>,
     next_lane: u32,
@@ -346,9 +387,7 @@ impl Actor {
     async fn run(&mut self, mut reader: FrameReader) -> End {
         let outbox = Arc::clone(&self.attachment.session.outbox);
         let kick = self.attachment.kick.clone();
-        let datagrams = self.datagrams();
-        self.tasks
-            .spawn(async move { LaneEnd::Ingest(datagrams.run().await) });
+        let mut has_datagrams = false;
         loop {
             // In order of urgency: the end of the connection, what frees others (control frames
             // carry acknowledgements), what the client waits for, then new work.
@@ -380,7 +419,7 @@ impl Actor {
                         Ok(super::control::Next::Send(answer)) => {
                             // Waits for room, but not past the end of the connection.
                             tokio::select! {
-                                sent = self.control.send(*answer) => if sent.is_err() { return End::Lost },
+                                sent = self.control.send(answer) => if sent.is_err() { return End::Lost },
                                 status = kick.kicked() => return End::Kicked(status),
                             }
                         }
@@ -394,6 +433,16 @@ impl Actor {
                         return end;
                     }
                 }
+                // Few clients send any, so who takes them begins with the first.
+                datagram = self.connection.read_datagram(), if !has_datagrams => match datagram {
+                    Ok(first) => {
+                        has_datagrams = true;
+                        let datagrams = self.datagrams();
+                        self.tasks
+                            .spawn(async move { LaneEnd::Ingest(datagrams.run(first).await) });
+                    }
+                    Err(error) => return lost(&error),
+                },
                 stream = self.connection.accept_uni() => match stream {
                     Ok(stream) => {
                         self.allow_more_lanes(stream.id().index());
@@ -550,23 +599,25 @@ fn goodbye(status: &Status) -> wire::control::Frame {
 async fn farewell(send: SendStream, frames: Vec<wire::control::Frame>) {
     let (control, outgoing) = mpsc::channel(frames.len());
     for frame in frames {
-        let _ = control.try_send(frame);
+        let _ = control.try_send(Box::new(frame));
     }
     drop(control);
     let _ = tokio::time::timeout(FAREWELL, write_control(send, outgoing)).await;
 }
 
 /// Writes control frames, all that wait at once, and at the end waits until the peer has them.
-async fn write_control(mut stream: SendStream, mut frames: mpsc::Receiver<wire::control::Frame>) {
-    let mut waiting = Vec::new();
-    while frames.recv_many(&mut waiting, CONTROL_QUEUE).await > 0 {
+async fn write_control(
+    mut stream: SendStream,
+    mut frames: mpsc::Receiver<Box<wire::control::Frame>>,
+) {
+    // One at a time, since room for many would be kept while there are none.
+    while let Some(first) = frames.recv().await {
         let mut buffer = BytesMut::new();
-        for frame in waiting.drain(..) {
-            frame::append(
-                &mut buffer,
-                Kind::CONTROL,
-                &wire::Control { frame: Some(frame) },
-            );
+        let mut next = Some(first);
+        while let Some(frame) = next {
+            let frame = Some(*frame);
+            frame::append(&mut buffer, Kind::CONTROL, &wire::Control { frame });
+            next = frames.try_recv().ok();
         }
         if stream.write_chunk(buffer.freeze()).await.is_err() {
             return;

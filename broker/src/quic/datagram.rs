@@ -12,8 +12,8 @@ use selvedge_proto::lane::Flags;
 use selvedge_proto::message::{Class, Durability, Qos};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
-use tokio::sync::mpsc;
 
+use super::connection::ControlSender;
 use super::ingest::{IngestError, refuse_unnumbered};
 use crate::publisher::{Incoming, Payload, Publisher, Topic};
 use crate::queue::Entry;
@@ -38,7 +38,7 @@ const OPEN_TOPICS: usize = 1024;
 pub(super) struct DatagramIngest {
     connection: Connection,
     publisher: Publisher,
-    control: mpsc::Sender<wire::control::Frame>,
+    control: ControlSender,
     topics: Vec<Topic>,
     /// Places in `topics`.
     open: HashMap<TopicName, usize>,
@@ -51,7 +51,7 @@ impl DatagramIngest {
     pub(super) fn new(
         connection: Connection,
         publisher: Publisher,
-        control: mpsc::Sender<wire::control::Frame>,
+        control: ControlSender,
     ) -> Self {
         Self {
             connection,
@@ -64,11 +64,11 @@ impl DatagramIngest {
         }
     }
 
-    /// Takes datagrams until the connection ends.
-    pub(super) async fn run(mut self) -> Result<(), IngestError> {
+    /// Takes datagrams, of which `first` came first, until the connection ends.
+    pub(super) async fn run(mut self, mut first: Bytes) -> Result<(), IngestError> {
         loop {
-            let first = self.connection.read_datagram().await.map_err(lost)?;
             self.burst(first).await?;
+            first = self.connection.read_datagram().await.map_err(lost)?;
         }
     }
 
@@ -96,7 +96,7 @@ impl DatagramIngest {
         self.flush();
         for refused in std::mem::take(&mut self.refused) {
             self.control
-                .send(wire::control::Frame::PublishRefused(refused))
+                .send(Box::new(wire::control::Frame::PublishRefused(refused)))
                 .await
                 .map_err(|_| IngestError::Closed)?;
         }

@@ -11,8 +11,8 @@ use selvedge_proto::message::{Class, Durability, Qos};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
-use tokio::sync::mpsc;
 
+use super::connection::ControlSender;
 use crate::publisher::{Incoming, LARGE, Outcome, Payload, Publisher, Topic};
 use crate::store::StoreError;
 
@@ -25,7 +25,7 @@ const SHARED: usize = 1024;
 /// One publish lane.
 pub(super) struct Ingest {
     publisher: Publisher,
-    control: mpsc::Sender<wire::control::Frame>,
+    control: ControlSender,
     limit: usize,
     max_aliases: u32,
     lane: Option<(u32, Class)>,
@@ -75,7 +75,7 @@ pub(super) enum IngestError {
 impl Ingest {
     pub(super) fn new(
         publisher: Publisher,
-        control: mpsc::Sender<wire::control::Frame>,
+        control: ControlSender,
         limit: usize,
         max_aliases: u32,
     ) -> Self {
@@ -382,7 +382,7 @@ impl Ingest {
 
     async fn send(&mut self, frame: wire::control::Frame) -> Result<(), IngestError> {
         self.control
-            .send(frame)
+            .send(Box::new(frame))
             .await
             .map_err(|_| IngestError::Closed)
     }

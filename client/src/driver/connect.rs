@@ -8,11 +8,11 @@ use quinn::{ConnectionError, VarInt};
 use selvedge_certs::{
     Identity, ReloadableCredentials, explain_connection_error, quic_client_config,
 };
-use selvedge_proto::MAX_UDP_PAYLOAD;
 use selvedge_proto::frame::{self, Kind};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::wire;
 use selvedge_proto::wire::control::Frame;
+use selvedge_proto::{MAX_UDP_PAYLOAD, UDP_PAYLOAD_STEP};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -182,7 +182,8 @@ impl Connector {
         transport.ack_frequency_config(Some(acks));
         // Fewer, larger packets where the path and the broker allow them.
         let mut mtu = quinn::MtuDiscoveryConfig::default();
-        mtu.upper_bound(MAX_UDP_PAYLOAD);
+        mtu.upper_bound(MAX_UDP_PAYLOAD)
+            .minimum_change(UDP_PAYLOAD_STEP);
         transport.mtu_discovery_config(Some(mtu));
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport));

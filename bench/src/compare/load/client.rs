@@ -18,7 +18,7 @@ use selvedge_certs::{
     Authority, IssueRequest, ServerIdentity, TrustAnchors, quic_client_config, tcp_client_config,
 };
 use selvedge_proto::status::Code;
-use selvedge_proto::{ALPN, MAX_UDP_PAYLOAD};
+use selvedge_proto::{ALPN, MAX_UDP_PAYLOAD, UDP_PAYLOAD_STEP};
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
@@ -339,7 +339,8 @@ fn transport() -> TransportConfig {
     acks.ack_eliciting_threshold(VarInt::from_u32(25));
     transport.ack_frequency_config(Some(acks));
     let mut mtu = quinn::MtuDiscoveryConfig::default();
-    mtu.upper_bound(MAX_UDP_PAYLOAD);
+    mtu.upper_bound(MAX_UDP_PAYLOAD)
+        .minimum_change(UDP_PAYLOAD_STEP);
     transport.mtu_discovery_config(Some(mtu));
     transport
 }
