@@ -74,7 +74,7 @@ pub struct ModelConfig {
     /// `slots`: requests answered at once; the broker never sends more. Default: the number of
     /// cores.
     pub slots: NonZeroU32,
-    /// What answers: `path`, an ONNX file, or `upstream`, a server elsewhere.
+    /// What answers: `path`, an ONNX file, `llm`, a GGUF file, or `upstream`, a server elsewhere.
     pub source: ModelSource,
     /// `load_deadline`, such as `"30s"` or `"500ms"`: how long loading may take. Default: `"60s"`.
     pub load_deadline: Duration,
@@ -91,10 +91,26 @@ pub enum ModelSource {
         /// Default: answers carry no confidence, and never escalate.
         confidence: Option<ConfidenceRule>,
     },
+    /// `llm`: a language model of a GGUF file. Needs the feature `llm`.
+    Llm(LlmConfig),
     /// `upstream.kind = "open-inference"`: a server of the Open Inference Protocol over gRPC.
     OpenInference(UpstreamConfig),
     /// `upstream.kind = "openai"`: an OpenAI-compatible server.
     OpenAi(UpstreamConfig),
+}
+
+/// `[model.llm]`: a language model of a GGUF file, answering chats and completions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LlmConfig {
+    /// `path`: the file.
+    pub path: PathBuf,
+    /// `context`: most tokens of a prompt and its answer together, each of which takes memory. Default: what
+    /// the model was trained for, up to 4,096.
+    pub context: Option<NonZeroU32>,
+    /// `unpack`: keep the weights as 32-bit numbers, which takes up to eight times the memory. An answer is
+    /// then the same however much of it was there before, so one that was cut off goes on as it would have.
+    /// Default: false.
+    pub unpack: bool,
 }
 
 /// `[model.upstream]`: a model server elsewhere.
@@ -322,12 +338,21 @@ impl Reader<'_> {
                 ),
             },
         };
-        let source = match upstream {
-            None => self.onnx(&mut section),
-            Some(value) => {
+        let source = match (upstream, section.take("llm")) {
+            (None, None) => self.onnx(&mut section),
+            (Some(value), None) => {
                 let at = section.key("upstream");
                 let table = self.table(&at, value);
                 table.and_then(|table| self.upstream(&at, table, name.as_deref()))
+            }
+            (None, Some(value)) => {
+                let at = section.key("llm");
+                let table = self.table(&at, value);
+                table.and_then(|table| self.llm(&at, table))
+            }
+            (Some(_), Some(_)) => {
+                let message = "expected one of llm and upstream, found both";
+                self.problem(&section.key("llm"), message)
             }
         };
         let load_deadline = match self.optional_text(&mut section, "load_deadline") {
@@ -366,6 +391,35 @@ impl Reader<'_> {
             path: path?,
             confidence: confidence?,
         })
+    }
+
+    fn llm(&mut self, at: &str, table: Table) -> Option<ModelSource> {
+        let mut section = Section::new(format!("{at}."), table);
+        let path = self.file(&mut section, "path");
+        let context = match section.take("context") {
+            None => Some(None),
+            Some(value) => match value.as_integer().map(u32::try_from) {
+                Some(Ok(tokens)) if tokens > 1 => Some(NonZeroU32::new(tokens)),
+                _ => self.problem(
+                    &section.key("context"),
+                    format!("expected a number of tokens over 1, found {value}"),
+                ),
+            },
+        };
+        let unpack = match section.take("unpack") {
+            None => Some(false),
+            Some(Value::Boolean(unpack)) => Some(unpack),
+            Some(other) => self.problem(
+                &section.key("unpack"),
+                format!("expected true or false, found {}", kind_name(&other)),
+            ),
+        };
+        self.finish(&section);
+        Some(ModelSource::Llm(LlmConfig {
+            path: path?,
+            context: context?,
+            unpack: unpack?,
+        }))
     }
 
     fn upstream(&mut self, at: &str, table: Table, name: Option<&str>) -> Option<ModelSource> {

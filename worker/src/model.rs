@@ -75,6 +75,20 @@ impl CancelFlag {
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+
+    /// Raises the flag when what this gives is dropped, as it is with the task of a request.
+    pub(crate) fn cancel_on_drop(self) -> CancelOnDrop {
+        CancelOnDrop(self)
+    }
+}
+
+/// Raises its flag when dropped.
+pub(crate) struct CancelOnDrop(CancelFlag);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
 }
 
 /// Type of a tensor's elements, under the names of the Open Inference Protocol v2.

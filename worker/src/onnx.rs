@@ -1,11 +1,8 @@
 //! ONNX models, run by tract in this process.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +13,7 @@ use tract_onnx::prelude::{
 use tract_onnx::tract_core;
 use tract_onnx::tract_hir::infer::Factoid;
 
+use crate::load::{self, Unloaded, panic_message};
 use crate::model::{
     CancelFlag, ConfidenceRule, Datatype, Dim, Inference, Model, ModelError, Signature, Tensor,
     TensorSpec,
@@ -183,24 +181,16 @@ fn within<T: Send + 'static>(
     path: PathBuf,
     load: impl FnOnce() -> Result<T, LoadError> + Send + 'static,
 ) -> Result<T, LoadError> {
-    // One place: a result that comes too late is put there and dropped, and the thread ends.
-    let (sender, receiver) = sync_channel(1);
-    let thread = thread::Builder::new()
-        .name("load-model".to_owned())
-        .spawn(move || {
-            let _ = sender.send(load());
-        });
-    if let Err(source) = thread {
-        return Err(LoadError::Read { path, source });
-    }
-    match receiver.recv_timeout(deadline) {
-        Ok(result) => result,
-        Err(RecvTimeoutError::Timeout) => Err(LoadError::Deadline { path, deadline }),
-        Err(RecvTimeoutError::Disconnected) => {
-            let reason = "its loading thread panicked".to_owned();
-            Err(LoadError::Invalid { path, reason })
-        }
-    }
+    load::within(deadline, load).unwrap_or_else(|unloaded| {
+        Err(match unloaded {
+            Unloaded::Thread(source) => LoadError::Read { path, source },
+            Unloaded::Late => LoadError::Deadline { path, deadline },
+            Unloaded::Panicked => LoadError::Invalid {
+                path,
+                reason: "its loading thread panicked".to_owned(),
+            },
+        })
+    })
 }
 
 /// Names of inputs and outputs in their order: optimisation keeps the order and drops names.
@@ -353,15 +343,6 @@ fn from_engine(spec: &TensorSpec, value: &TValue) -> Result<Tensor, String> {
     let data = Bytes::copy_from_slice(plain.as_bytes());
     Tensor::new(spec.name.clone(), spec.datatype, plain.shape(), data)
         .map_err(|error| error.to_string())
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let message = panic
-        .downcast_ref::<&str>()
-        .map(|message| (*message).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned());
-    format!("the engine panicked: {message}")
 }
 
 #[cfg(test)]

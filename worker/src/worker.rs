@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
+#[cfg(not(feature = "llm"))]
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,8 +18,10 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{ModelSource, WorkerConfig, cores};
+use crate::config::{LlmConfig, ModelSource, WorkerConfig, cores};
 use crate::engine::{self, Capacity, Engine, MESSAGES, Reply};
+#[cfg(feature = "llm")]
+use crate::llm::Llm;
 use crate::model::{CancelFlag, Inference, InputError, Model, ModelError, Tensor, TensorSpec};
 use crate::onnx::{LoadError, OnnxModel};
 use crate::upstream::UpstreamError;
@@ -137,6 +141,7 @@ impl WorkerOptions {
                         .map(|model| Runs::Model(Arc::new(model)))
                         .map_err(LoadFailure::from)
                 }
+                ModelSource::Llm(llm) => load_llm(llm.clone(), model.slots, deadline).await,
                 ModelSource::OpenInference(upstream) => {
                     Box::pin(OpenInference::load(upstream, model.slots.get(), deadline))
                         .await
@@ -167,12 +172,44 @@ impl WorkerOptions {
     }
 }
 
+#[cfg(feature = "llm")]
+async fn load_llm(
+    config: LlmConfig,
+    slots: NonZeroU32,
+    deadline: Duration,
+) -> Result<Runs, LoadFailure> {
+    let loaded = spawn_blocking(move || Llm::load(&config, slots, deadline)).await;
+    let llm = loaded.expect("loading catches its own panics")?;
+    Ok(Runs::Engine(Arc::new(llm)))
+}
+
+#[cfg(not(feature = "llm"))]
+async fn load_llm(
+    config: LlmConfig,
+    _slots: NonZeroU32,
+    _deadline: Duration,
+) -> Result<Runs, LoadFailure> {
+    Err(LoadFailure::NoLlm(config.path))
+}
+
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LoadFailure {
     /// An ONNX file.
     #[error(transparent)]
     Onnx(#[from] LoadError),
+    /// A GGUF file.
+    #[cfg(feature = "llm")]
+    #[error(transparent)]
+    Llm(#[from] crate::llm::LoadError),
+    /// A GGUF file, which this program was built without an engine for.
+    #[cfg(not(feature = "llm"))]
+    #[error(
+        "model {}: this program was built without language models; build it with `--features llm`",
+        .0.display()
+    )]
+    NoLlm(PathBuf),
     /// A server elsewhere.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
@@ -527,7 +564,7 @@ async fn answer(mut request: IncomingInference, served: Arc<Served>) -> Option<D
 
     // Dropped with this future, the guard tells the model to stop.
     let cancelled = CancelFlag::new();
-    let _guard = CancelOnDrop(cancelled.clone());
+    let _guard = cancelled.clone().cancel_on_drop();
     let compute = {
         let (served, cancelled) = (Arc::clone(&served), cancelled.clone());
         async move {
@@ -759,15 +796,6 @@ fn status(error: &ModelError) -> Status {
         ModelError::NotAProbability { .. } | ModelError::Failed(_) => Code::Internal,
     };
     Status::new(code, error.to_string())
-}
-
-/// Raises its flag when dropped: a model stops when its request's task is gone.
-struct CancelOnDrop(CancelFlag);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        self.0.cancel();
-    }
 }
 
 /// The slots of one model: how many requests are in hand, and how many compute.

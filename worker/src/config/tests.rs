@@ -195,7 +195,7 @@ load_deadline = "0s"
         "model[0].slots: expected a number from 1 to 4294967295, found 0",
         r#"model[0].confidence.kind: expected "max", found "min""#,
         r#"model[0].load_deadline: expected a time over zero such as 30s or 500ms, found "soon""#,
-        "model[0].path_: unknown key; expected one of name, version, upstream, slots, path, confidence, load_deadline",
+        "model[0].path_: unknown key; expected one of name, version, upstream, slots, llm, path, confidence, load_deadline",
         r#"model[1].version: expected 1 to 128 bytes of text, found """#,
         "model[1].slots: expected a number from 1 to 4294967295, found -1",
         "model[1].confidence: expected a table, found a value of type string",
@@ -279,4 +279,55 @@ fn every_missing_file_is_named() {
 fn a_configuration_that_is_not_there_is_named() {
     let error = WorkerConfig::load(Path::new("/nowhere/worker.toml")).unwrap_err();
     assert!(matches!(&error, ConfigError::Read { path, .. } if path.ends_with("worker.toml")));
+}
+
+const LLM: &str = r#"
+tier = "edge"
+[connect]
+broker = "gateway:7443"
+ca = "ca.pem"
+cert = "cert.pem"
+key = "key.pem"
+[[model]]
+name = "smollm2"
+slots = 2
+[model.llm]
+path = "smollm2.gguf"
+"#;
+
+#[test]
+fn a_language_model_is_read_with_its_defaults() {
+    let source = |text: &str| parse(text).unwrap().models[0].source.clone();
+    let mut expected = LlmConfig {
+        path: PathBuf::from("/home/smollm2.gguf"),
+        context: None,
+        unpack: false,
+    };
+    assert_eq!(source(LLM), ModelSource::Llm(expected.clone()));
+    expected.context = NonZeroU32::new(1024);
+    expected.unpack = true;
+    assert_eq!(
+        source(&format!("{LLM}context = 1024\nunpack = true")),
+        ModelSource::Llm(expected)
+    );
+}
+
+#[test]
+fn a_language_model_that_cannot_be_meant_is_refused() {
+    assert_eq!(
+        problems(&format!("{LLM}context = 1\nunpack = 2\nthreads = 3")),
+        [
+            "model[0].llm.context: expected a number of tokens over 1, found 1",
+            "model[0].llm.unpack: expected true or false, found a value of type integer",
+            "model[0].llm.threads: unknown key; expected one of path, context, unpack",
+        ]
+    );
+    let both = LLM.replace(
+        "[model.llm]",
+        "[model.upstream]\nkind = \"openai\"\n[model.llm]",
+    );
+    assert_eq!(
+        problems(&both),
+        ["model[0].llm: expected one of llm and upstream, found both"]
+    );
 }

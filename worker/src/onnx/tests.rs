@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::sync::mpsc::sync_channel;
 
 use serde_json::Value;
 

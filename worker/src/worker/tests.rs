@@ -66,8 +66,25 @@ fn a_refusal_names_the_guilty() {
 #[test]
 fn a_model_stops_with_its_request() {
     let flag = CancelFlag::new();
-    let guard = CancelOnDrop(flag.clone());
+    let guard = flag.clone().cancel_on_drop();
     assert!(!flag.is_cancelled());
     drop(guard);
     assert!(flag.is_cancelled());
+}
+
+#[cfg(not(feature = "llm"))]
+#[tokio::test]
+async fn a_program_without_language_models_says_so() {
+    let config = crate::config::LlmConfig {
+        path: PathBuf::from("smollm2.gguf"),
+        context: None,
+        unpack: false,
+    };
+    let Err(failure) = load_llm(config, NonZeroU32::MIN, Duration::ZERO).await else {
+        panic!("it was loaded");
+    };
+    assert_eq!(
+        failure.to_string(),
+        "model smollm2.gguf: this program was built without language models; build it with `--features llm`"
+    );
 }
