@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use selvedge_proto::frame::{self, Frame, Kind};
 use selvedge_proto::inference::{Preference, Residency, Tier};
+use selvedge_proto::message::Class;
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::topic::TopicName;
 use selvedge_proto::wire;
@@ -16,13 +17,16 @@ use crate::calls::local;
 use crate::calls::tracker::ResponseTracker;
 use crate::calls::{Caller, end_with, interruption, left_ms};
 use crate::clock;
-use crate::models::{Patience, Slot, WorkerModel};
+use crate::models::{Excluded, Patience, Slot, WorkerModel};
 use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
 use crate::quic::{FrameReader, ReadFrameError};
 
 /// An edge answer is not given up when less than this share of the deadline is left.
 const CASCADE_SHARE: u32 = 10;
+
+/// How often a request is made again at most.
+const REPETITIONS: usize = 2;
 
 /// Kept back of a cloud worker's time, for the edge answer to arrive in its place.
 const RESERVE: Duration = Duration::from_millis(50);
@@ -124,10 +128,11 @@ async fn run(
     if may_repeat {
         payload.read(leg, limit, request.due).await?;
     }
-    let mut lost: Option<Arc<WorkerModel>> = None;
+    caller.tenant.models.earn_repetition(&request.model);
+    let mut lost: Vec<Excluded> = Vec::new();
     loop {
         let slot = tokio::select! {
-            slot = place(caller, &request, None, lost.as_ref()) => slot?,
+            slot = place(caller, &request, None, &lost) => slot?,
             code = leg.send.stopped() => return Ok(leg.abandon(code)),
         };
         *tier = Some(slot.worker.tier);
@@ -153,9 +158,12 @@ async fn run(
                 return escalate(caller, &request, leg, &payload, *held, tier).await;
             }
             Attempt::Lost(worker)
-                if request.header.idempotent && payload.ended && lost.is_none() =>
+                if request.header.idempotent
+                    && payload.ended
+                    && lost.len() < REPETITIONS
+                    && caller.tenant.models.spend_repetition(&request.model) =>
             {
-                lost = Some(worker);
+                lost.push(Excluded(worker));
             }
             Attempt::Lost(worker) => {
                 return Err(Status::new(
@@ -185,7 +193,7 @@ async fn escalate(
     let kept = if left < total / CASCADE_SHARE {
         format!("edge answer of confidence {confidence:.3} kept: too little time to escalate")
     } else {
-        match place(caller, request, Some(Tier::Cloud), None).await {
+        match place(caller, request, Some(Tier::Cloud), &[]).await {
             Err(status) => format!(
                 "edge answer of confidence {confidence:.3} kept: no cloud worker ({})",
                 status.message
@@ -271,8 +279,11 @@ async fn ask(
     );
     let mut worker = match opened.await {
         Ok(Some(worker)) => worker,
-        Ok(None) => return Ok(Attempt::Lost(Arc::clone(&slot.worker))),
+        Ok(None) => return Ok(Attempt::Lost(blame(caller, slot))),
         Err(_) => {
+            if slot.is_overdue() {
+                blame(caller, slot);
+            }
             return Err(Status::new(
                 Code::DeadlineExceeded,
                 "the worker took no request in time",
@@ -316,14 +327,20 @@ async fn ask(
         Came::Nothing(interrupted) => {
             let status = interruption(interrupted);
             worker.abandon(status.code);
+            if status.code == Code::DeadlineExceeded && slot.is_overdue() {
+                blame(caller, slot);
+            }
             Err(status)
         }
         Came::Unanswered(Unanswered::Lost) => {
             worker.abandon(Code::Unavailable);
-            Ok(Attempt::Lost(Arc::clone(&slot.worker)))
+            Ok(Attempt::Lost(blame(caller, slot)))
         }
         Came::Unanswered(Unanswered::Status(status)) => {
             worker.abandon(status.code);
+            if is_the_workers_fault(status.code) {
+                blame(caller, slot);
+            }
             Ok(Attempt::Refused(status))
         }
         Came::Unsure(answer, rest) => Ok(Attempt::Unsure(Box::new(Held {
@@ -336,10 +353,31 @@ async fn ask(
             let code = exchange::conclude(leg, &mut worker, &tracker, outcome).await;
             if code == Code::Ok {
                 slot.complete();
+            } else if is_the_workers_fault(code) {
+                blame(caller, slot);
             }
             Ok(Attempt::Done(code))
         }
     }
+}
+
+/// Whether an answer with this code says that something is wrong with the worker rather than with the
+/// request, or with how many there are.
+fn is_the_workers_fault(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Internal | Code::Unavailable | Code::Unknown | Code::DataLoss
+    )
+}
+
+/// Counts a failure against the worker, which may be given no more requests for a while.
+fn blame(caller: &Caller, slot: Slot) -> Arc<WorkerModel> {
+    let worker = Arc::clone(&slot.worker);
+    if slot.fail() {
+        caller.fabric.metrics.ejections.inc();
+        tracing::warn!(worker = %worker.identity, "a worker fails and is given no requests for a while");
+    }
+    worker
 }
 
 /// What came back from a worker.
@@ -571,7 +609,7 @@ async fn place(
     caller: &Caller,
     request: &Checked,
     tier: Option<Tier>,
-    exclude: Option<&Arc<WorkerModel>>,
+    exclude: &[Excluded],
 ) -> Result<Slot, Status> {
     let fabric = &caller.fabric;
     let bounds = Request {
@@ -587,6 +625,7 @@ async fn place(
             request.preference
         },
         tier,
+        payload_bytes: request.header.payload_bytes,
         deadline: Duration::ZERO,
     };
     let patience = Patience {
@@ -596,6 +635,7 @@ async fn place(
         } else {
             fabric.limits.waiting_per_model
         },
+        class: Class::Normal,
         start_grace: if tier.is_some() {
             Duration::ZERO
         } else {
@@ -612,7 +652,7 @@ async fn place(
     caller
         .tenant
         .models
-        .place(&caller.tenant, model, &bounds, exclude, patience)
+        .place(model, &bounds, exclude, patience)
         .await
         .map_err(|refusal| match refusal {
             Refusal::NotFound if request.header.version.is_empty() => {

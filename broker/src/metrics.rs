@@ -125,6 +125,8 @@ pub struct Metrics {
     pub inferences: Family<InferOutcome, Counter>,
     /// Edge answers given up for a cloud answer.
     pub escalations: Counter,
+    /// Workers that were given no more requests of a model for a while because they failed.
+    pub ejections: Counter,
     /// Inferences refused because no worker within the residency bound exists.
     pub privacy_refusals: Counter,
     /// Commits of the store, each with one fsync.
@@ -199,6 +201,10 @@ impl Default for Metrics {
             calls_in_flight: register!("calls_in_flight", "Calls and inferences in progress"),
             inferences: register!("inferences", "Inferences, by tier and outcome"),
             escalations: register!("escalations", "Edge answers given up for a cloud answer"),
+            ejections: register!(
+                "ejections",
+                "Workers given no requests for a while for their failures"
+            ),
             privacy_refusals: register!(
                 "privacy_refusals",
                 "Inferences refused for their residency"

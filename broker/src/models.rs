@@ -1,33 +1,49 @@
-//! Who runs models: workers by model name, their slots, and the wait for one.
+//! Who runs models: workers by model name, and the wait for one of their slots.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rand::Rng;
 use selvedge_certs::Identity;
-use selvedge_proto::inference::{TensorSpec, Tier};
+use selvedge_proto::inference::{Preference, Residency, Tier};
+use selvedge_proto::message::Class;
 use selvedge_proto::topic::TopicName;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::clock;
+use crate::placement::budget::Budget;
+use crate::placement::waiting::{Joined, Place, Queue};
 use crate::placement::{self, Candidate, Choice, Refusal, Request};
-use crate::services::Load;
+
+pub use self::worker::{Slot, WorkerModel};
+
+mod worker;
 
 /// The models of one tenant.
 #[derive(Debug, Default)]
 pub struct Models {
+    registry: Arc<Registry>,
+}
+
+/// What slots, which outlive a look at the models, lead back to.
+#[derive(Debug, Default)]
+struct Registry {
     inner: Mutex<HashMap<TopicName, Model>>,
-    /// A slot became free, or a worker came or changed.
+    /// A worker came, left, or is allowed no more.
     changed: Notify,
+    /// Requests that wait for a slot of any model.
+    waiting: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct Model {
     workers: Vec<Arc<WorkerModel>>,
-    waiting: Arc<AtomicUsize>,
+    /// Taken before `inner` by whoever takes both.
+    queue: Arc<Mutex<Queue<Waiter>>>,
+    budget: Budget,
     lost: Option<Instant>,
     /// Sites that had a worker since the broker started, and when one was lost there with its
     /// connection. Bounded by [`SITES`].
@@ -36,29 +52,6 @@ struct Model {
 
 /// Sites remembered for one model. Those beyond are treated as never seen.
 const SITES: usize = 4096;
-
-/// One model of one worker.
-#[derive(Debug)]
-pub struct WorkerModel {
-    /// Who, as verified; its site bounds residency.
-    pub identity: Identity,
-    /// Chosen by the worker, unique on its connection.
-    pub registration: u32,
-    /// Where to open the request's stream.
-    pub connection: quinn::Connection,
-    /// Its version of the model.
-    pub version: String,
-    /// Its tier.
-    pub tier: Tier,
-    /// Names, datatypes and shapes it takes.
-    pub inputs: Vec<TensorSpec>,
-    /// Names, datatypes and shapes it answers.
-    pub outputs: Vec<TensorSpec>,
-    slots: AtomicU32,
-    loaded: AtomicBool,
-    gone: AtomicBool,
-    load: Load,
-}
 
 impl Model {
     fn see(&mut self, site: &str, lost: Option<Instant>) {
@@ -70,102 +63,43 @@ impl Model {
     }
 }
 
-impl WorkerModel {
-    /// A worker's model as registered.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one for each field of the registration"
-    )]
-    pub fn new(
-        identity: Identity,
-        registration: u32,
-        connection: quinn::Connection,
-        version: String,
-        tier: Tier,
-        slots: u32,
-        loaded: bool,
-        inputs: Vec<TensorSpec>,
-        outputs: Vec<TensorSpec>,
-    ) -> Self {
-        Self {
-            identity,
-            registration,
-            connection,
-            version,
-            tier,
-            inputs,
-            outputs,
-            slots: AtomicU32::new(slots),
-            loaded: AtomicBool::new(loaded),
-            gone: AtomicBool::new(false),
-            load: Load::default(),
-        }
-    }
-
-    /// Requests it takes at once.
-    pub fn slots(&self) -> u32 {
-        self.slots.load(Ordering::Acquire)
-    }
-
-    /// Whether it can answer without loading first.
-    pub fn is_loaded(&self) -> bool {
-        self.loaded.load(Ordering::Relaxed)
-    }
-
-    /// Outstanding requests and service time.
-    pub fn load(&self) -> &Load {
-        &self.load
-    }
-
-    fn candidate(&self) -> Candidate<'_> {
-        Candidate {
-            site: self.identity.site(),
-            version: &self.version,
-            tier: self.tier,
-            slots: self.slots(),
-            outstanding: self.load.outstanding(),
-            service_time: self.load.service_time(),
-            rtt: self.connection.rtt(),
-            loaded: self.loaded.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// One of a worker's slots, held until dropped.
+/// A request that waits for a slot.
 #[derive(Debug)]
-pub struct Slot {
-    /// Whose.
-    pub worker: Arc<WorkerModel>,
-    /// Expected completion and why this worker.
-    pub choice: Choice,
-    begun: Instant,
-    tenant: Arc<crate::tenant::Tenant>,
-    completed: bool,
+struct Waiter {
+    wish: Wish,
+    due: Instant,
+    payload_bytes: u64,
+    preference: Preference,
+    reply: oneshot::Sender<Result<Slot, Refusal>>,
 }
 
-impl Slot {
-    /// The request was answered: its time counts for the estimate.
-    pub fn complete(mut self) {
-        self.completed = true;
+/// Who may answer. When one waits in vain, so do all who wish the same.
+#[derive(Debug, PartialEq)]
+struct Wish {
+    site: Box<str>,
+    version: Box<str>,
+    residency: Residency,
+    tier: Option<Tier>,
+    exclude: Vec<Excluded>,
+}
+
+/// A worker that is not asked again.
+#[derive(Debug, Clone)]
+pub struct Excluded(pub Arc<WorkerModel>);
+
+impl PartialEq for Excluded {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if self.completed {
-            self.worker.load.record(self.begun.elapsed());
-        }
-        self.worker.load.end();
-        self.tenant.models.changed.notify_waiters();
-    }
-}
-
-/// Counts one request that waits for a slot.
-struct Waiting(Arc<AtomicUsize>);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+impl Wish {
+    /// Whether any worker will do.
+    fn is_any(&self) -> bool {
+        self.version.is_empty()
+            && self.residency != Residency::Site
+            && self.tier.is_none()
+            && self.exclude.is_empty()
     }
 }
 
@@ -174,6 +108,8 @@ impl Drop for Waiting {
 pub struct Patience {
     /// Requests that may wait for one model.
     pub waiting: usize,
+    /// Who goes first of those who wait.
+    pub class: Class,
     /// Grace after the broker's start that is left.
     pub start_grace: Duration,
     /// Grace after the last worker was lost.
@@ -184,22 +120,23 @@ pub struct Patience {
 
 impl Models {
     /// Registers a worker's model.
-    pub fn insert(&self, model: TopicName, worker: WorkerModel) -> Arc<WorkerModel> {
+    pub fn insert(&self, model: &TopicName, worker: WorkerModel) -> Arc<WorkerModel> {
         let worker = Arc::new(worker);
-        let mut inner = self.inner.lock();
-        let entry = inner.entry(model).or_default();
+        let mut inner = self.registry.inner.lock();
+        let entry = inner.entry(model.clone()).or_default();
         entry.workers.push(Arc::clone(&worker));
         entry.lost = None;
         entry.see(worker.identity.site(), None);
         drop(inner);
-        self.changed.notify_waiters();
+        self.registry.changed.notify_waiters();
+        self.registry.serve_waiting(model);
         worker
     }
 
     /// Withdraws a worker's model.
     pub fn remove(&self, model: &TopicName, worker: &Arc<WorkerModel>, lost: Option<Instant>) {
         worker.gone.store(true, Ordering::Release);
-        let mut inner = self.inner.lock();
+        let mut inner = self.registry.inner.lock();
         let Some(entry) = inner.get_mut(model) else {
             return;
         };
@@ -213,6 +150,7 @@ impl Models {
         {
             entry.see(site, lost);
         }
+        let queue = Arc::clone(&entry.queue);
         if entry.workers.is_empty() {
             match lost {
                 Some(_) => entry.lost = lost,
@@ -222,35 +160,43 @@ impl Models {
             }
         }
         drop(inner);
-        self.changed.notify_waiters();
+        self.registry.changed.notify_waiters();
+        // Who waits for what nobody may answer any more hears of it.
+        self.registry.serve(model, &queue);
     }
 
     /// Takes over what a worker reports.
-    pub fn report(&self, worker: &WorkerModel, slots: u32, loaded: bool, service_time: Duration) {
+    pub fn report(
+        &self,
+        model: &TopicName,
+        worker: &WorkerModel,
+        slots: u32,
+        loaded: bool,
+        service_time: Duration,
+    ) {
         worker.slots.store(slots, Ordering::Release);
         worker.loaded.store(loaded, Ordering::Relaxed);
         if !service_time.is_zero() {
-            worker.load.set_service_time(service_time);
+            worker.load().set_service_time(service_time);
         }
-        self.changed.notify_waiters();
+        self.registry.serve_waiting(model);
     }
 
     /// Takes a slot for a request, waiting for one while others have them all.
     ///
     /// # Errors
-    /// See [`Refusal`]; `Busy` when too many wait already or the deadline comes first.
+    /// See [`Refusal`]; `Busy` when too many wait already, when a more urgent request takes its place, or
+    /// when the deadline comes first; `TooLate` also when too many are served before.
     pub async fn place(
         &self,
-        tenant: &Arc<crate::tenant::Tenant>,
         model: &TopicName,
         request: &Request<'_>,
-        exclude: Option<&Arc<WorkerModel>>,
+        exclude: &[Excluded],
         patience: Patience,
     ) -> Result<Slot, Refusal> {
         let begun = clock::now();
-        let mut waiting: Option<Waiting> = None;
         loop {
-            let changed = self.changed.notified();
+            let changed = self.registry.changed.notified();
             tokio::pin!(changed);
             // Registered before the look, so that a change between look and wait is not missed.
             changed.as_mut().enable();
@@ -259,22 +205,40 @@ impl Models {
                 deadline: patience.deadline.saturating_duration_since(now),
                 ..request.clone()
             };
-            let refusal = match self.try_place(tenant, model, &request, exclude) {
+            // Whoever waits goes first, so a newcomer looks for itself only when nobody does.
+            let placed = match self.registry.queue(model) {
+                None => Err(Refusal::NotFound),
+                Some(queue) if queue.lock().is_empty() => {
+                    match self.registry.try_place(model, &request, exclude, now) {
+                        Err(Refusal::Busy { retry_after }) => {
+                            let wait = self.registry.wait(
+                                model,
+                                &queue,
+                                &request,
+                                exclude,
+                                patience,
+                                retry_after,
+                            );
+                            wait.await
+                        }
+                        placed => placed,
+                    }
+                }
+                Some(queue) => {
+                    let pace = self.registry.pace(model, &request, exclude, now);
+                    let wait = self
+                        .registry
+                        .wait(model, &queue, &request, exclude, patience, pace);
+                    wait.await
+                }
+            };
+            let refusal = match placed {
                 Ok(slot) => return Ok(slot),
                 Err(refusal) => refusal,
             };
             let until = match &refusal {
-                Refusal::Busy { .. } => {
-                    if waiting.is_none() {
-                        waiting = self.join_waiting(model, patience.waiting);
-                        if waiting.is_none() {
-                            return Err(refusal);
-                        }
-                    }
-                    patience.deadline
-                }
                 Refusal::NotFound => {
-                    let lost = self.inner.lock().get(model).and_then(|model| model.lost);
+                    let lost = self.registry.inner.lock().get(model).and_then(|m| m.lost);
                     let start = begun + patience.start_grace;
                     lost.map_or(start, |lost| (lost + patience.resume_grace).max(start))
                         .min(patience.deadline)
@@ -283,13 +247,41 @@ impl Models {
                 Refusal::Residency => self
                     .expected_at(model, request.site, begun, patience)
                     .min(patience.deadline),
-                Refusal::TooLate { .. } => return Err(refusal),
+                Refusal::Busy { .. } | Refusal::TooLate { .. } => return Err(refusal),
             };
-            if until <= now {
+            if until <= clock::now() {
                 return Err(refusal);
             }
             let _ = tokio::time::timeout_at(until.into(), changed).await;
         }
+    }
+
+    /// What the best worker would take for a request if it were placed now.
+    pub fn estimate(
+        &self,
+        model: &TopicName,
+        request: &Request<'_>,
+        exclude: &[Excluded],
+    ) -> Option<Duration> {
+        let workers = self.registry.workers(model, exclude)?;
+        let candidates = candidates(&workers, request, clock::now());
+        let choice = placement::place(request, &candidates, |_| 0).ok()?;
+        Some(choice.estimate)
+    }
+
+    /// Counts a request towards those that may be made twice.
+    pub fn earn_repetition(&self, model: &TopicName) {
+        if let Some(model) = self.registry.inner.lock().get_mut(model) {
+            model.budget.earn();
+        }
+    }
+
+    /// Whether a request may be made once more, which is counted.
+    pub fn spend_repetition(&self, model: &TopicName) -> bool {
+        let mut inner = self.registry.inner.lock();
+        inner
+            .get_mut(model)
+            .is_some_and(|model| model.budget.spend())
     }
 
     /// Until when a worker of this site may still come.
@@ -300,7 +292,7 @@ impl Models {
         begun: Instant,
         patience: Patience,
     ) -> Instant {
-        let inner = self.inner.lock();
+        let inner = self.registry.inner.lock();
         match inner.get(model).and_then(|model| model.sites.get(site)) {
             None => begun + patience.start_grace,
             // It was there and withdrew.
@@ -309,61 +301,10 @@ impl Models {
         }
     }
 
-    fn try_place(
-        &self,
-        tenant: &Arc<crate::tenant::Tenant>,
-        model: &TopicName,
-        request: &Request<'_>,
-        exclude: Option<&Arc<WorkerModel>>,
-    ) -> Result<Slot, Refusal> {
-        let workers: Vec<Arc<WorkerModel>> = {
-            let inner = self.inner.lock();
-            let Some(entry) = inner.get(model) else {
-                return Err(Refusal::NotFound);
-            };
-            entry
-                .workers
-                .iter()
-                .filter(|worker| exclude.is_none_or(|exclude| !Arc::ptr_eq(exclude, worker)))
-                .cloned()
-                .collect()
-        };
-        let mut candidates: Vec<Candidate<'_>> =
-            workers.iter().map(|worker| worker.candidate()).collect();
-        let mut random = rand::rng();
-        loop {
-            let choice =
-                placement::place(request, &candidates, |count| random.random_range(0..count))?;
-            let worker = &workers[choice.index];
-            let slots = worker.slots();
-            // The count decides, not the candidate's copy of it: others place at the same time.
-            if slots > 0 && !worker.gone.load(Ordering::Acquire) && worker.load.try_begin(slots) {
-                return Ok(Slot {
-                    worker: Arc::clone(worker),
-                    choice,
-                    begun: clock::now(),
-                    tenant: Arc::clone(tenant),
-                    completed: false,
-                });
-            }
-            candidates[choice.index].outstanding = candidates[choice.index].slots;
-        }
-    }
-
-    fn join_waiting(&self, model: &TopicName, limit: usize) -> Option<Waiting> {
-        let waiting = Arc::clone(&self.inner.lock().get(model)?.waiting);
-        waiting
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |held| {
-                (held < limit).then_some(held + 1)
-            })
-            .ok()?;
-        Some(Waiting(waiting))
-    }
-
     /// Forgets models whose workers were lost longer than `grace` ago, as
     /// [`Services::forget_lost`](crate::services::Services::forget_lost) does.
     pub fn forget_lost(&self, now: Instant, grace: Duration) {
-        self.inner.lock().retain(|_, model| {
+        self.registry.inner.lock().retain(|_, model| {
             !model.workers.is_empty()
                 || model
                     .lost
@@ -374,7 +315,9 @@ impl Models {
     /// Withdraws every worker that `keep` does not allow; returns how many.
     pub fn retain(&self, keep: impl Fn(&Identity, &TopicName) -> bool) -> usize {
         let mut removed = 0;
-        self.inner.lock().retain(|name, model| {
+        let mut touched = Vec::new();
+        self.registry.inner.lock().retain(|name, model| {
+            let before = removed;
             model.workers.retain(|worker| {
                 let kept = keep(&worker.identity, name);
                 if !kept {
@@ -383,23 +326,26 @@ impl Models {
                 }
                 kept
             });
+            if removed > before {
+                touched.push((name.clone(), Arc::clone(&model.queue)));
+            }
             !model.workers.is_empty() || model.lost.is_some()
         });
-        self.changed.notify_waiters();
+        self.registry.changed.notify_waiters();
+        for (name, queue) in touched {
+            self.registry.serve(&name, &queue);
+        }
         removed
     }
 
     /// The workers of one model.
     pub fn workers(&self, model: &TopicName) -> Vec<Arc<WorkerModel>> {
-        let inner = self.inner.lock();
-        inner
-            .get(model)
-            .map_or_else(Vec::new, |model| model.workers.clone())
+        self.registry.workers(model, &[]).unwrap_or_default()
     }
 
     /// Every model with its workers, for people.
     pub fn list(&self) -> Vec<(TopicName, Vec<Arc<WorkerModel>>)> {
-        let inner = self.inner.lock();
+        let inner = self.registry.inner.lock();
         let mut list: Vec<_> = inner
             .iter()
             .filter(|(_, model)| !model.workers.is_empty())
@@ -407,5 +353,244 @@ impl Models {
             .collect();
         list.sort_by(|a, b| a.0.cmp(&b.0));
         list
+    }
+
+    /// Requests that wait for a slot now.
+    pub fn waiting(&self) -> usize {
+        self.registry.waiting.load(Ordering::Relaxed)
+    }
+}
+
+fn candidates<'a>(
+    workers: &'a [Arc<WorkerModel>],
+    request: &Request<'_>,
+    now: Instant,
+) -> Vec<Candidate<'a>> {
+    let workers = workers.iter();
+    workers
+        .map(|worker| worker.candidate(request.payload_bytes, now))
+        .collect()
+}
+
+impl Registry {
+    /// The workers of a model that are not excluded; `None` when the model is not known.
+    fn workers(&self, model: &TopicName, exclude: &[Excluded]) -> Option<Vec<Arc<WorkerModel>>> {
+        let inner = self.inner.lock();
+        let workers = inner.get(model)?.workers.iter();
+        let asked = |worker: &&Arc<WorkerModel>| {
+            exclude
+                .iter()
+                .all(|excluded| !Arc::ptr_eq(&excluded.0, worker))
+        };
+        Some(workers.filter(asked).cloned().collect())
+    }
+
+    fn queue(&self, model: &TopicName) -> Option<Arc<Mutex<Queue<Waiter>>>> {
+        let inner = self.inner.lock();
+        Some(Arc::clone(&inner.get(model)?.queue))
+    }
+
+    fn try_place(
+        self: &Arc<Self>,
+        model: &TopicName,
+        request: &Request<'_>,
+        exclude: &[Excluded],
+        now: Instant,
+    ) -> Result<Slot, Refusal> {
+        let workers = self.workers(model, exclude).ok_or(Refusal::NotFound)?;
+        let mut candidates = candidates(&workers, request, now);
+        let mut random = rand::rng();
+        loop {
+            let choice =
+                placement::place(request, &candidates, |count| random.random_range(0..count))?;
+            let worker = &workers[choice.index];
+            let candidate = &mut candidates[choice.index];
+            if worker.try_begin(candidate.standing, now) {
+                return Ok(self.slot(model, worker, choice, now));
+            }
+            candidate.outstanding = candidate.slots;
+        }
+    }
+
+    fn slot(
+        self: &Arc<Self>,
+        model: &TopicName,
+        worker: &Arc<WorkerModel>,
+        choice: Choice,
+        now: Instant,
+    ) -> Slot {
+        Slot {
+            worker: Arc::clone(worker),
+            choice,
+            begun: now,
+            model: model.clone(),
+            registry: Arc::clone(self),
+            tells: true,
+        }
+    }
+
+    /// Time between two slots becoming free, if all work at their usual pace.
+    fn pace(
+        &self,
+        model: &TopicName,
+        request: &Request<'_>,
+        exclude: &[Excluded],
+        now: Instant,
+    ) -> Duration {
+        let workers = self.workers(model, exclude).unwrap_or_default();
+        let mut candidates = candidates(&workers, request, now);
+        for candidate in &mut candidates {
+            candidate.outstanding = candidate.slots;
+        }
+        match placement::place(request, &candidates, |_| 0) {
+            Err(Refusal::Busy { retry_after }) => retry_after,
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Waits for a slot in turn. `pace` is the time between two becoming free.
+    async fn wait(
+        self: &Arc<Self>,
+        model: &TopicName,
+        queue: &Arc<Mutex<Queue<Waiter>>>,
+        request: &Request<'_>,
+        exclude: &[Excluded],
+        patience: Patience,
+        pace: Duration,
+    ) -> Result<Slot, Refusal> {
+        let due = patience.deadline;
+        let (reply, answer) = oneshot::channel();
+        let waiter = Waiter {
+            wish: Wish {
+                site: request.site.into(),
+                version: request.version.into(),
+                residency: request.residency,
+                tier: request.tier,
+                exclude: exclude.to_vec(),
+            },
+            due,
+            payload_bytes: request.payload_bytes,
+            preference: request.preference,
+            reply,
+        };
+        let after =
+            |ahead: usize| pace.saturating_mul(u32::try_from(ahead + 1).unwrap_or(u32::MAX));
+        let joined = {
+            let mut queue = queue.lock();
+            let ahead = queue.ahead(patience.class, due);
+            // It would expire in the queue: said now, it can still be asked elsewhere.
+            if ahead > 0 && after(ahead - 1) > request.deadline {
+                let estimate = after(ahead);
+                return Err(Refusal::TooLate { estimate });
+            }
+            queue.join(patience.class, due, waiter, patience.waiting)
+        };
+        let place = match joined {
+            Joined::Waits(place) => place,
+            Joined::InsteadOf(place, displaced) => {
+                let retry_after = after(queue.lock().len());
+                let _ = displaced.reply.send(Err(Refusal::Busy { retry_after }));
+                place
+            }
+            Joined::Full => {
+                let retry_after = after(queue.lock().len());
+                return Err(Refusal::Busy { retry_after });
+            }
+        };
+        let _turn = Turn::new(self, queue, place);
+        // A slot may have become free before this one waited.
+        self.serve(model, queue);
+        match tokio::time::timeout_at(due.into(), answer).await {
+            Ok(Ok(placed)) => placed,
+            // The queue keeps a waiter until it has an answer.
+            Ok(Err(_)) | Err(_) => Err(Refusal::Busy { retry_after: pace }),
+        }
+    }
+
+    /// Gives free slots of a model to those who wait for them.
+    fn serve_waiting(self: &Arc<Self>, model: &TopicName) {
+        if let Some(queue) = self.queue(model) {
+            self.serve(model, &queue);
+        }
+    }
+
+    /// Gives free slots to those who wait in this queue, the most urgent first, and tells those who wait in
+    /// vain.
+    fn serve(self: &Arc<Self>, model: &TopicName, queue: &Mutex<Queue<Waiter>>) {
+        loop {
+            let mut unwanted = Vec::new();
+            {
+                let mut queue = queue.lock();
+                let mut settled = Vec::new();
+                let mut busy: Vec<&Wish> = Vec::new();
+                let now = clock::now();
+                for (place, waiter) in queue.iter() {
+                    if busy.contains(&&waiter.wish) {
+                        continue;
+                    }
+                    match self.try_place(model, &waiter.request(now), &waiter.wish.exclude, now) {
+                        Err(Refusal::Busy { .. }) if waiter.wish.is_any() => break,
+                        Err(Refusal::Busy { .. }) => busy.push(&waiter.wish),
+                        placed => settled.push((place, placed)),
+                    }
+                }
+                for (place, placed) in settled {
+                    let Some(waiter) = queue.leave(place) else {
+                        continue;
+                    };
+                    if let Err(Ok(slot)) = waiter.reply.send(placed) {
+                        unwanted.push(slot);
+                    }
+                }
+            }
+            if unwanted.is_empty() {
+                return;
+            }
+            // Who was to have them has gone; others may want them, which the next turn sees.
+            for mut slot in unwanted {
+                slot.tells = false;
+                drop(slot);
+            }
+        }
+    }
+}
+
+impl Waiter {
+    fn request(&self, now: Instant) -> Request<'_> {
+        Request {
+            site: &self.wish.site,
+            version: &self.wish.version,
+            residency: self.wish.residency,
+            preference: self.preference,
+            tier: self.wish.tier,
+            payload_bytes: self.payload_bytes,
+            deadline: self.due.saturating_duration_since(now),
+        }
+    }
+}
+
+/// A place in a queue, given up when dropped.
+struct Turn<'a> {
+    registry: &'a Registry,
+    queue: &'a Mutex<Queue<Waiter>>,
+    place: Place,
+}
+
+impl<'a> Turn<'a> {
+    fn new(registry: &'a Registry, queue: &'a Mutex<Queue<Waiter>>, place: Place) -> Self {
+        registry.waiting.fetch_add(1, Ordering::Relaxed);
+        Self {
+            registry,
+            queue,
+            place,
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.registry.waiting.fetch_sub(1, Ordering::Relaxed);
+        let left = self.queue.lock().leave(self.place);
+        drop(left);
     }
 }

@@ -4,6 +4,12 @@ use std::time::Duration;
 
 use selvedge_proto::inference::{Preference, Residency, Tier};
 
+use self::health::Standing;
+
+pub mod budget;
+pub mod health;
+pub mod waiting;
+
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +26,8 @@ pub struct Request<'a> {
     pub preference: Preference,
     /// Only this tier, for an escalation.
     pub tier: Option<Tier>,
+    /// Size of the payload, if known; else zero.
+    pub payload_bytes: u64,
     /// Time left.
     pub deadline: Duration,
 }
@@ -41,6 +49,11 @@ pub struct Candidate<'a> {
     pub service_time: Duration,
     /// Round trip to it.
     pub rtt: Duration,
+    /// Time that the request's payload takes on the way there, over the bandwidth that was measured; zero
+    /// for one that fits a few packets.
+    pub transfer: Duration,
+    /// Whether it is trusted with requests.
+    pub standing: Standing,
     /// Ready to answer without loading first.
     pub loaded: bool,
 }
@@ -107,19 +120,25 @@ pub fn place(
     if allowed.is_empty() {
         return Err(Refusal::Residency);
     }
-    let free: Vec<usize> = allowed
+    let mut trusted: Vec<usize> = allowed
+        .iter()
+        .copied()
+        .filter(|&i| candidates[i].standing != Standing::Ejected)
+        .collect();
+    // Nobody is ejected when everybody would be: slots bound what a failing worker is given, and a request
+    // has nowhere else to go. One of a certain tier has: the answer that is there already.
+    if trusted.is_empty() && request.tier.is_none() {
+        trusted.clone_from(&allowed);
+    }
+    let free: Vec<usize> = trusted
         .iter()
         .copied()
         .filter(|&i| candidates[i].outstanding < candidates[i].slots)
         .collect();
     if free.is_empty() {
-        let retry_after = allowed
-            .iter()
-            .map(|&i| candidates[i].service_time / candidates[i].slots.max(1))
-            .min()
-            .unwrap_or_default()
-            .max(Duration::from_millis(1));
-        return Err(Refusal::Busy { retry_after });
+        return Err(Refusal::Busy {
+            retry_after: next_slot(trusted.iter().map(|&i| &candidates[i])),
+        });
     }
     let in_time: Vec<usize> = free
         .iter()
@@ -166,16 +185,33 @@ pub fn place(
             better(pool[first], pool[second])
         }
     };
+    let mut reason = format!("{why}, {} of {} workers free", free.len(), allowed.len());
+    match candidates[index].standing {
+        Standing::Well => {}
+        Standing::Probe => reason.push_str(", probing one that failed"),
+        Standing::Ejected => reason.push_str(", all of them failing"),
+    }
     Ok(Choice {
         index,
         estimate: expected(&candidates[index]),
-        reason: format!("{why}, {} of {} workers free", free.len(), allowed.len()),
+        reason,
     })
+}
+
+/// Time until one of these is expected to have a slot free, when all work at their usual pace: at least a
+/// millisecond.
+fn next_slot<'a>(workers: impl Iterator<Item = &'a Candidate<'a>>) -> Duration {
+    let least = Duration::from_millis(1);
+    let per_second: f64 = workers
+        .map(|worker| f64::from(worker.slots) / worker.service_time.max(least).as_secs_f64())
+        .sum();
+    Duration::try_from_secs_f64(1.0 / per_second)
+        .map_or(Duration::from_secs(1), |time| time.max(least))
 }
 
 /// Expected time to completion: the way there and back, and the work before and of this request
 /// over the slots that share it.
 pub fn expected(candidate: &Candidate<'_>) -> Duration {
     let rounds = candidate.outstanding / candidate.slots.max(1) + 1;
-    candidate.rtt + candidate.service_time * rounds
+    candidate.rtt + candidate.transfer + candidate.service_time.saturating_mul(rounds)
 }

@@ -13,6 +13,8 @@ fn worker(tier: Tier, site: &'static str) -> Candidate<'static> {
         outstanding: 0,
         service_time: MS,
         rtt: Duration::ZERO,
+        transfer: Duration::ZERO,
+        standing: Standing::Well,
         loaded: true,
     }
 }
@@ -24,6 +26,7 @@ fn request() -> Request<'static> {
         residency: Residency::Tenant,
         preference: Preference::Fastest,
         tier: None,
+        payload_bytes: 0,
         deadline: Duration::from_secs(1),
     }
 }
@@ -101,18 +104,22 @@ fn candidates() -> impl Strategy<Value = Vec<Candidate<'static>>> {
         0u32..4,
         0u64..50,
         0u64..50,
-        any::<bool>(),
+        (0u64..20, 0usize..3, any::<bool>()),
     )
         .prop_map(
-            |(site, edge, slots, outstanding, service, rtt, loaded)| Candidate {
-                site: ["plant-1", "plant-2", "cloud-1"][site],
-                version: if edge { "1" } else { "2" },
-                tier: if edge { Tier::Edge } else { Tier::Cloud },
-                slots,
-                outstanding,
-                service_time: MS * service as u32,
-                rtt: MS * rtt as u32,
-                loaded,
+            |(site, edge, slots, outstanding, service, rtt, (transfer, standing, loaded))| {
+                Candidate {
+                    site: ["plant-1", "plant-2", "cloud-1"][site],
+                    version: if edge { "1" } else { "2" },
+                    tier: if edge { Tier::Edge } else { Tier::Cloud },
+                    slots,
+                    outstanding,
+                    service_time: MS * service as u32,
+                    rtt: MS * rtt as u32,
+                    transfer: MS * transfer as u32,
+                    standing: [Standing::Well, Standing::Probe, Standing::Ejected][standing],
+                    loaded,
+                }
             },
         );
     proptest::collection::vec(one, 0..8)
@@ -138,20 +145,64 @@ proptest! {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 33) as usize % count
         });
+        let fits = |candidate: &Candidate<'_>| {
+            (!site_only || candidate.site == request.site)
+                && (request.version.is_empty() || request.version == candidate.version)
+        };
+        let ready = |candidate: &Candidate<'_>| {
+            candidate.outstanding < candidate.slots && expected(candidate) <= request.deadline
+        };
+        let trusted = |candidate: &Candidate<'_>| candidate.standing != Standing::Ejected;
+        let mut fitting = candidates.iter().filter(|candidate| fits(candidate));
+        let is_trust_possible = fitting.any(trusted);
         if let Ok(choice) = chosen {
             let candidate = &candidates[choice.index];
             prop_assert!(!site_only || candidate.site == request.site);
             prop_assert!(request.version.is_empty() || request.version == candidate.version);
-            prop_assert!(candidate.outstanding < candidate.slots);
-            prop_assert!(expected(candidate) <= request.deadline);
+            prop_assert!(ready(candidate));
+            prop_assert!(trusted(candidate) || !is_trust_possible);
         } else {
-            let fits = |candidate: &Candidate<'_>| {
-                (!site_only || candidate.site == request.site)
-                    && (request.version.is_empty() || request.version == candidate.version)
-                    && candidate.outstanding < candidate.slots
-                    && expected(candidate) <= request.deadline
-            };
-            prop_assert!(!candidates.iter().any(fits));
+            let mut missed = candidates.iter().filter(|candidate| fits(candidate) && ready(candidate));
+            prop_assert!(!missed.any(|candidate| trusted(candidate) || !is_trust_possible));
         }
     }
+}
+
+#[test]
+fn the_ejected_are_asked_only_when_nobody_else_is_there() {
+    let ejected = Candidate {
+        standing: Standing::Ejected,
+        ..worker(Tier::Edge, "plant-1")
+    };
+    let both = [ejected, worker(Tier::Cloud, "cloud-1")];
+    assert_eq!(place(&request(), &both, first).unwrap().index, 1);
+    let alone = place(&request(), &both[..1], first).unwrap();
+    assert_eq!(
+        alone.reason,
+        "least expected completion, 1 of 1 workers free, all of them failing"
+    );
+    // An escalation has an answer already.
+    let escalation = Request {
+        tier: Some(Tier::Edge),
+        ..request()
+    };
+    assert_eq!(
+        place(&escalation, &both[..1], first),
+        Err(Refusal::Busy {
+            retry_after: Duration::from_secs(1)
+        })
+    );
+}
+
+#[test]
+fn a_large_payload_goes_where_the_way_is_wide() {
+    let narrow = Candidate {
+        transfer: MS * 400,
+        ..worker(Tier::Cloud, "cloud-1")
+    };
+    let slow = Candidate {
+        service_time: MS * 100,
+        ..worker(Tier::Edge, "plant-1")
+    };
+    assert_eq!(place(&request(), &[narrow, slow], first).unwrap().index, 1);
 }

@@ -75,8 +75,9 @@ impl Actor {
             }
             Frame::Unwork(unwork) => (unwork.request_id, vec![self.unwork(unwork.id)]),
             Frame::LoadReport(report) => {
-                if let Some((_, worker)) = self.models.get(&report.id) {
+                if let Some((model, worker)) = self.models.get(&report.id) {
                     self.tenant.models.report(
+                        model,
                         worker,
                         report.slots,
                         report.loaded,
@@ -231,7 +232,7 @@ impl Actor {
         worker
             .load()
             .set_service_time(Duration::from_micros(work.service_time_us.into()));
-        let worker = self.tenant.models.insert(model.clone(), worker);
+        let worker = self.tenant.models.insert(&model, worker);
         self.models.insert(work.id, (model, worker));
         Ok(())
     }
