@@ -37,6 +37,7 @@ struct Checked {
     model: TopicName,
     residency: Residency,
     preference: Preference,
+    class: Class,
     due: Instant,
     begun: Instant,
     header: wire::InferHeader,
@@ -599,6 +600,14 @@ fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> 
             .map_err(|error| invalid(error.to_string()))?,
         preference: Preference::from_wire(header.preference)
             .map_err(|error| invalid(error.to_string()))?,
+        class: wire::Class::try_from(header.class)
+            .map_err(|_| {
+                let class = header.class;
+                invalid(format!(
+                    "class {class}: expected 0 normal, 1 alarm or 2 bulk"
+                ))
+            })?
+            .into(),
         due: caller.due(header.deadline_ms, begun),
         begun,
         header,
@@ -635,7 +644,7 @@ async fn place(
         } else {
             fabric.limits.waiting_per_model
         },
-        class: Class::Normal,
+        class: request.class,
         start_grace: if tier.is_some() {
             Duration::ZERO
         } else {

@@ -125,6 +125,8 @@ pub struct Metrics {
     pub inferences: Family<InferOutcome, Counter>,
     /// Edge answers given up for a cloud answer.
     pub escalations: Counter,
+    /// Inferences that wait for a slot now.
+    pub waiting_inferences: Gauge,
     /// Workers that were given no more requests of a model for a while because they failed.
     pub ejections: Counter,
     /// Inferences refused because no worker within the residency bound exists.
@@ -201,6 +203,10 @@ impl Default for Metrics {
             calls_in_flight: register!("calls_in_flight", "Calls and inferences in progress"),
             inferences: register!("inferences", "Inferences, by tier and outcome"),
             escalations: register!("escalations", "Edge answers given up for a cloud answer"),
+            waiting_inferences: register!(
+                "waiting_inferences",
+                "Inferences that wait for a slot now"
+            ),
             ejections: register!(
                 "ejections",
                 "Workers given no requests for a while for their failures"

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::gauge::Gauge;
 use rand::Rng;
 use selvedge_certs::Identity;
 use selvedge_proto::inference::{Preference, Residency, Tier};
@@ -23,7 +24,7 @@ pub use self::worker::{Slot, WorkerModel};
 mod worker;
 
 /// The models of one tenant.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Models {
     registry: Arc<Registry>,
 }
@@ -35,7 +36,7 @@ struct Registry {
     /// A worker came, left, or is allowed no more.
     changed: Notify,
     /// Requests that wait for a slot of any model.
-    waiting: AtomicUsize,
+    waiting: Gauge,
 }
 
 #[derive(Debug, Default)]
@@ -119,6 +120,16 @@ pub struct Patience {
 }
 
 impl Models {
+    /// No models. Requests that wait are counted in `waiting`.
+    pub fn new(waiting: Gauge) -> Self {
+        Self {
+            registry: Arc::new(Registry {
+                waiting,
+                ..Registry::default()
+            }),
+        }
+    }
+
     /// Registers a worker's model.
     pub fn insert(&self, model: &TopicName, worker: WorkerModel) -> Arc<WorkerModel> {
         let worker = Arc::new(worker);
@@ -354,11 +365,6 @@ impl Models {
         list.sort_by(|a, b| a.0.cmp(&b.0));
         list
     }
-
-    /// Requests that wait for a slot now.
-    pub fn waiting(&self) -> usize {
-        self.registry.waiting.load(Ordering::Relaxed)
-    }
 }
 
 fn candidates<'a>(
@@ -578,7 +584,7 @@ struct Turn<'a> {
 
 impl<'a> Turn<'a> {
     fn new(registry: &'a Registry, queue: &'a Mutex<Queue<Waiter>>, place: Place) -> Self {
-        registry.waiting.fetch_add(1, Ordering::Relaxed);
+        registry.waiting.inc();
         Self {
             registry,
             queue,
@@ -589,7 +595,7 @@ impl<'a> Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.registry.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.registry.waiting.dec();
         let left = self.queue.lock().leave(self.place);
         drop(left);
     }

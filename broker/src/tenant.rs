@@ -161,7 +161,7 @@ impl Tenant {
             usages: Usages::new(Arc::clone(&name), &limits, &metrics),
             name,
             services: Services::default(),
-            models: Models::default(),
+            models: Models::new(metrics.waiting_inferences.clone()),
             limits,
             metrics,
             store,

@@ -9,7 +9,7 @@ use selvedge_proto::inference::{
     Preference, Residency, Tensor, Tier, decode_tensors, encode_tensors,
 };
 
-use selvedge_proto::message::{from_wire_properties, to_wire_properties};
+use selvedge_proto::message::{Class, from_wire_properties, to_wire_properties};
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::wire;
 use tokio::time::Instant;
@@ -31,6 +31,7 @@ pub struct Infer {
     pub(crate) parameters: Vec<(String, String)>,
     pub(crate) request_id: String,
     pub(crate) traceparent: String,
+    pub(crate) class: Class,
 }
 
 impl Infer {
@@ -49,7 +50,16 @@ impl Infer {
             parameters: Vec::new(),
             request_id: String::new(),
             traceparent: String::new(),
+            class: Class::Normal,
         }
+    }
+
+    /// Who goes first when requests wait for a worker: those of a more urgent class, and within a class those
+    /// with the earlier deadline. Default: normal.
+    #[must_use]
+    pub fn class(mut self, class: Class) -> Self {
+        self.class = class;
+        self
     }
 
     /// The payload is these tensors.
@@ -310,6 +320,7 @@ impl Infer {
             payload_bytes: self.payload.len() as u64,
             caller: String::new(),
             registration: 0,
+            class: wire::Class::from(self.class).into(),
         }
     }
 }

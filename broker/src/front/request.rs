@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hyper::HeaderMap;
 use selvedge_proto::inference::{Preference, Residency, Tensor, Tier};
-use selvedge_proto::message::to_wire_properties;
+use selvedge_proto::message::{Class, to_wire_properties};
 use selvedge_proto::wire;
 
 #[cfg(test)]
@@ -121,6 +121,8 @@ pub struct Bounds {
     pub idempotent: bool,
     /// W3C trace context.
     pub traceparent: String,
+    /// Who goes first of those who wait.
+    pub class: Class,
     /// Parameters for the model.
     pub parameters: Vec<(String, String)>,
 }
@@ -134,6 +136,7 @@ impl Default for Bounds {
             min_confidence: None,
             idempotent: false,
             traceparent: String::new(),
+            class: Class::Normal,
             parameters: Vec::new(),
         }
     }
@@ -269,11 +272,16 @@ impl Bounds {
                     _ => return Err(invalid(format!("expected true or false, found {text:?}"))),
                 };
             }
-            // Of Triton's requests, for workers that know classes.
+            // Of Triton's requests: 1 is the highest level, 0 the model's default. Workers hear of it too.
             _ => {
                 let priority: u64 = value
                     .as_u64()
                     .ok_or_else(|| invalid(format!("expected a whole number, found {text:?}")))?;
+                self.class = match priority {
+                    1 => Class::Alarm,
+                    0 | 2 => Class::Normal,
+                    _ => Class::Bulk,
+                };
                 self.parameters
                     .push(("priority".to_owned(), priority.to_string()));
             }
@@ -312,6 +320,7 @@ impl Bounds {
             payload_bytes: payload as u64,
             caller: String::new(),
             registration: 0,
+            class: wire::Class::from(self.class).into(),
         }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use selvedge_client::{
-    AnswerInfo, CallError, Client, Code, IncomingInference, Infer, ModelRegistration, Residency,
-    Tier, WorkerHandle,
+    AnswerInfo, CallError, Class, Client, Code, IncomingInference, Infer, ModelRegistration,
+    Residency, Tier, WorkerHandle,
 };
 use selvedge_tests::TestBroker;
 use selvedge_tests::broker::OPEN;
@@ -428,5 +428,147 @@ async fn a_deadline_that_no_worker_can_meet_is_refused_at_once_with_the_estimate
             .await
             .is_err(),
         "the worker never sees it"
+    );
+}
+
+#[tokio::test]
+async fn of_those_who_wait_the_urgent_and_then_the_soonest_due_go_first() {
+    let broker = TestBroker::open().await;
+    let (camera, edge) = (
+        broker.client("camera-3").await,
+        broker.client("edge-1").await,
+    );
+    let mut worker = edge
+        .work(registration("digits", Tier::Edge, 1))
+        .await
+        .unwrap();
+    let mut asked = tokio::task::JoinSet::new();
+    let mut ask = |name: &'static str, class, seconds| {
+        let camera = camera.clone();
+        let request = Infer::new("digits")
+            .payload(name)
+            .class(class)
+            .deadline(Duration::from_secs(seconds));
+        asked.spawn(async move { camera.infer(request).await.map(|answer| answer.payload) });
+    };
+    ask("first", Class::Normal, 60);
+    let mut held = incoming(&mut worker).await;
+    // The only slot is taken; the others wait.
+    let waiting = [
+        ("bulk", Class::Bulk, 20),
+        ("late", Class::Normal, 60),
+        ("soon", Class::Normal, 30),
+        ("alarm", Class::Alarm, 60),
+    ];
+    for (name, class, seconds) in waiting {
+        ask(name, class, seconds);
+    }
+    broker
+        .metric_reaches("selvedge_waiting_inferences", &[], 4)
+        .await;
+    let mut order = Vec::new();
+    loop {
+        let payload = held.request().await.unwrap();
+        order.push(String::from_utf8(payload.to_vec()).unwrap());
+        held.reply(AnswerInfo::default(), payload).await.unwrap();
+        if order.len() == 5 {
+            break;
+        }
+        held = incoming(&mut worker).await;
+    }
+    assert_eq!(order, ["first", "alarm", "soon", "late", "bulk"]);
+    for answer in within("all answers", asked.join_all()).await {
+        answer.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_burst_of_ten_thousand_is_answered_or_refused_and_never_over_admitted() {
+    const SLOTS: u32 = 16;
+    let broker = TestBroker::open().await;
+    let edge = broker.client("edge-1").await;
+    let mut worker = edge
+        .work(registration("digits", Tier::Edge, SLOTS))
+        .await
+        .unwrap();
+    let (busy, most) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let (counting, peak) = (Arc::clone(&busy), Arc::clone(&most));
+    let _working = AbortOnDropHandle::new(tokio::spawn(async move {
+        while let Some(mut inference) = worker.next().await {
+            let (busy, most) = (Arc::clone(&counting), Arc::clone(&peak));
+            most.fetch_max(busy.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            tokio::spawn(async move {
+                let request = inference.request().await;
+                busy.fetch_sub(1, Ordering::SeqCst);
+                if let Ok(request) = request {
+                    let _ = inference.reply(AnswerInfo::default(), request).await;
+                }
+            });
+        }
+    }));
+    let mut requests = tokio::task::JoinSet::new();
+    for sender in 0..10 {
+        let camera = broker.client(&format!("camera-{sender}")).await;
+        for number in 0..1_000 {
+            let camera = camera.clone();
+            requests.spawn(async move {
+                let request = Infer::new("digits")
+                    .payload(format!("{sender}-{number}"))
+                    .deadline(Duration::from_secs(60));
+                camera.infer(request).await.map_err(|error| error.code())
+            });
+        }
+    }
+    let mut answered = 0;
+    for outcome in within("all of the burst", requests.join_all()).await {
+        match outcome {
+            Ok(_) => answered += 1,
+            Err(code) => assert_eq!(code, Code::ResourceExhausted),
+        }
+    }
+    let most = most.load(Ordering::SeqCst);
+    assert!(most <= SLOTS, "{most} requests at once with {SLOTS} slots");
+    assert!(answered >= 1_024, "{answered} were answered");
+}
+
+#[tokio::test]
+async fn a_worker_that_keeps_failing_is_given_nothing_while_another_is_there() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("camera-3").await;
+    let bad = broker.client("edge-bad").await;
+    let mut failing = bad
+        .work(registration("digits", Tier::Edge, 4))
+        .await
+        .unwrap();
+    let failed = Arc::new(AtomicU32::new(0));
+    let counting = Arc::clone(&failed);
+    let _failing = AbortOnDropHandle::new(tokio::spawn(async move {
+        while let Some(inference) = failing.next().await {
+            counting.fetch_add(1, Ordering::SeqCst);
+            let _ = inference
+                .fail(selvedge_client::Status::new(Code::Internal, "out of order"))
+                .await;
+        }
+    }));
+    for _ in 0..5 {
+        let error = camera.infer(Infer::new("digits")).await.unwrap_err();
+        assert_eq!(error.code(), Code::Internal, "{error}");
+    }
+    broker
+        .metric_reaches("selvedge_ejections_total", &[], 1)
+        .await;
+    let good = broker.client("edge-good").await;
+    let _good = answering(&good, Tier::Edge, 0.9, "well").await;
+    for _ in 0..20 {
+        let answer = camera.infer(Infer::new("digits")).await;
+        // Once a second one request may find out how the other does.
+        if let Err(error) = answer {
+            assert_eq!(error.code(), Code::Internal, "{error}");
+        }
+    }
+    let failed = failed.load(Ordering::SeqCst);
+    assert!(
+        failed <= 10,
+        "{failed} requests went to a worker that fails"
     );
 }
