@@ -222,9 +222,16 @@ async fn place_and_relay(
             Link::Quic(connection) => connection,
             Link::Messages(link) => {
                 let limit = fabric.limits.max_frame_bytes;
-                match messages::ask(leg, link, onward, rest, due, limit).await? {
-                    Asked::Ended(code) => return Ok(code),
-                    Asked::NotTaken(request) => rest = request,
+                match messages::ask(leg, link, onward, rest, due, limit).await {
+                    Ok(Asked::Ended(code)) => {
+                        placed.end(code);
+                        return Ok(code);
+                    }
+                    Ok(Asked::NotTaken(request)) => rest = request,
+                    Err(status) => {
+                        placed.end(status.code);
+                        return Err(status);
+                    }
                 }
                 let (services, lost) = (&caller.tenant.services, Some(clock::now()));
                 services.remove(&service, &placed.responder, lost);
@@ -250,7 +257,7 @@ async fn place_and_relay(
         }
     };
     let code = relay(leg, &mut callee, rest, due, fabric.limits.max_frame_bytes).await;
-    drop(placed);
+    placed.end(code);
     Ok(code)
 }
 

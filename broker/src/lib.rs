@@ -35,6 +35,7 @@ pub mod router;
 pub mod server;
 pub mod services;
 pub mod session;
+pub mod statistics;
 pub mod store;
 mod sys;
 mod system;

@@ -8,11 +8,15 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rand::Rng;
 use selvedge_certs::Identity;
+use selvedge_proto::status::Code;
 use selvedge_proto::topic::TopicName;
 use tokio::sync::Notify;
 
 pub use crate::calls::messages::MessageLink;
 use crate::clock;
+use crate::statistics::Statistics;
+
+pub(crate) mod overview;
 
 /// The services of one tenant.
 #[derive(Debug, Default)]
@@ -40,6 +44,7 @@ pub struct Responder {
     /// Calls at once; zero for no bound of its own.
     pub max_in_flight: u32,
     load: Load,
+    statistics: Statistics,
 }
 
 /// How a responder is reached.
@@ -172,6 +177,14 @@ pub struct Placed {
     /// Who takes the call.
     pub responder: Arc<Responder>,
     begun: Instant,
+}
+
+impl Placed {
+    /// The call has ended with this code.
+    pub fn end(self, code: Code) {
+        let statistics = &self.responder.statistics;
+        statistics.record(code, self.begun.elapsed());
+    }
 }
 
 impl Drop for Placed {
@@ -319,13 +332,22 @@ impl Services {
 
     /// Names and responder counts, for people.
     pub fn list(&self) -> Vec<(TopicName, usize)> {
+        let responders = self.responders().into_iter();
+        responders
+            .map(|(name, responders)| (name, responders.len()))
+            .collect()
+    }
+
+    /// Every service with its responders, by name.
+    pub fn responders(&self) -> Vec<(TopicName, Vec<Arc<Responder>>)> {
         let inner = self.inner.lock();
         let mut list: Vec<_> = inner
             .iter()
             .filter(|(_, service)| !service.responders.is_empty())
-            .map(|(name, service)| (name.clone(), service.responders.len()))
+            .map(|(name, service)| (name.clone(), service.responders.clone()))
             .collect();
-        list.sort();
+        drop(inner);
+        list.sort_by(|a, b| a.0.cmp(&b.0));
         list
     }
 }
@@ -339,6 +361,7 @@ impl Responder {
             link,
             max_in_flight,
             load: Load::default(),
+            statistics: Statistics::default(),
         }
     }
 }

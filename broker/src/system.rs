@@ -11,6 +11,7 @@ use selvedge_proto::wire;
 use crate::calls::Caller;
 use crate::calls::exchange::{Leg, Sink, Source};
 use crate::explain;
+use crate::services::overview;
 
 /// How every name that is the broker's own begins.
 const PREFIX: &str = "$SYS/";
@@ -22,7 +23,10 @@ const REQUEST: usize = 256 * 1024;
 type Handler = fn(&Caller, &[u8]) -> Result<Vec<u8>, Status>;
 
 /// Every service of the broker.
-const SERVICES: [(&str, Handler); 1] = [("$SYS/explain", explain::answer::answer)];
+const SERVICES: [(&str, Handler); 2] = [
+    ("$SYS/explain", explain::answer::answer),
+    ("$SYS/services", overview::answer),
+];
 
 /// Whether a service of this name is the broker's own, whether or not there is one.
 pub(crate) fn is_reserved(service: &TopicName) -> bool {

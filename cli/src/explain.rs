@@ -11,7 +11,7 @@ use time::macros::format_description;
 
 use crate::call::failed;
 use crate::connect;
-use crate::output::{self, escaped};
+use crate::output::{self, escaped, short};
 
 /// The broker's own service that knows.
 const SERVICE: &str = "$SYS/explain";
@@ -258,19 +258,9 @@ fn records(answer: &Answer) -> Vec<String> {
     let rows: Vec<[String; 6]> = std::iter::once(heads)
         .chain(answer.records.iter().map(Record::cells))
         .collect();
-    let mut widths = [0; 6];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
     let mut lines = Vec::new();
-    for (index, row) in rows.iter().enumerate() {
-        let cells = row.iter().zip(widths);
-        let line: Vec<String> = cells
-            .map(|(cell, width)| format!("{cell:<width$}"))
-            .collect();
-        lines.push(line.join("  ").trim_end().to_owned());
+    for (index, line) in output::table(&rows).into_iter().enumerate() {
+        lines.push(line);
         let details = index
             .checked_sub(1)
             .map(|index| answer.records[index].details());
@@ -433,14 +423,6 @@ impl Message {
         }
         lines
     }
-}
-
-/// An identity without its trust domain, which is the same for all.
-fn short(uri: &str) -> String {
-    let path = uri
-        .strip_prefix("spiffe://")
-        .and_then(|rest| rest.split_once('/'));
-    escaped(path.map_or(uri, |(_, path)| path))
 }
 
 fn session(identity: &str, name: &str) -> String {

@@ -20,6 +20,7 @@ mod payload;
 mod policy;
 mod publish;
 mod serve;
+mod services;
 mod signals;
 mod subscribe;
 mod tensor;
@@ -74,6 +75,8 @@ enum Command {
     Token(token::Args),
     /// Say where a message went, and what a client or a topic has to do with it.
     Explain(explain::Args),
+    /// Show who serves which service and model, and how it goes.
+    Services(services::Args),
     /// Publish messages.
     Pub(publish::Args),
     /// Subscribe to topics and print their messages.
@@ -111,6 +114,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Mqtt(args) => mqtt::run(args),
         Command::Token(args) => token::run(args),
         Command::Explain(args) => block_on(explain::run(args)),
+        Command::Services(args) => block_on(services::run(args)),
         Command::Pub(args) => block_on(publish::run(args)),
         Command::Sub(args) => block_on(subscribe::run(args)),
         Command::Call(args) => block_on(call::run(args)),
@@ -153,6 +157,7 @@ impl Command {
             Self::Certs(args) => args.json(),
             Self::Policy(args) => args.json(),
             Self::Explain(args) => args.json,
+            Self::Services(args) => args.json,
             Self::Pub(args) => args.json,
             Self::Sub(args) => args.json,
             Self::Call(args) => args.json,

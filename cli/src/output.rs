@@ -76,6 +76,36 @@ pub(crate) fn failure(error: &anyhow::Error, format: Format) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Rows as lines whose columns are aligned, each as wide as its widest cell.
+pub(crate) fn table<Row: AsRef<[String]>>(rows: &[Row]) -> Vec<String> {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        for (column, cell) in row.as_ref().iter().enumerate() {
+            let width = cell.chars().count();
+            match widths.get_mut(column) {
+                Some(held) => *held = width.max(*held),
+                None => widths.push(width),
+            }
+        }
+    }
+    let lines = rows.iter().map(|row| {
+        let cells = row.as_ref().iter().zip(&widths);
+        let cells: Vec<String> = cells
+            .map(|(cell, &width)| format!("{cell:<width$}"))
+            .collect();
+        cells.join("  ").trim_end().to_owned()
+    });
+    lines.collect()
+}
+
+/// An identity without its trust domain, which is the same for all.
+pub(crate) fn short(uri: &str) -> String {
+    let path = uri
+        .strip_prefix("spiffe://")
+        .and_then(|rest| rest.split_once('/'));
+    escaped(path.map_or(uri, |(_, path)| path))
+}
+
 /// An error and its causes on one line. Causes that a message before them quotes are left out.
 pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();

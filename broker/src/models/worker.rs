@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use selvedge_certs::Identity;
 use selvedge_proto::inference::{TensorSpec, Tier};
+use selvedge_proto::status::Code;
 use selvedge_proto::topic::TopicName;
 
 use super::Registry;
@@ -14,6 +15,7 @@ use crate::clock;
 use crate::placement::health::{Health, Standing};
 use crate::placement::{Candidate, Choice};
 use crate::services::Load;
+use crate::statistics::Statistics;
 
 /// Payloads up to this size are on their way at once. Of larger ones the time is estimated.
 const AT_ONCE: u64 = 16 * 1024;
@@ -39,6 +41,7 @@ pub struct WorkerModel {
     pub(super) loaded: AtomicBool,
     pub(super) gone: AtomicBool,
     load: Load,
+    statistics: Statistics,
     health: Mutex<Health>,
 }
 
@@ -71,6 +74,7 @@ impl WorkerModel {
             loaded: AtomicBool::new(loaded),
             gone: AtomicBool::new(false),
             load: Load::default(),
+            statistics: Statistics::default(),
             health: Mutex::default(),
         }
     }
@@ -88,6 +92,11 @@ impl WorkerModel {
     /// Outstanding requests and service time.
     pub fn load(&self) -> &Load {
         &self.load
+    }
+
+    /// What became of the requests that it answered, or failed to.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
     }
 
     /// Whether it is trusted with requests.
@@ -153,12 +162,16 @@ pub struct Slot {
 impl Slot {
     /// The request was answered: its time counts for the estimate.
     pub fn complete(self) {
-        self.worker.load.record(self.begun.elapsed());
+        let time = self.begun.elapsed();
+        self.worker.load.record(time);
+        self.worker.statistics.record(Code::Ok, time);
         self.worker.health.lock().succeed();
     }
 
     /// The request failed, and the worker is to blame. True when it is given no more requests for a while.
     pub fn fail(self) -> bool {
+        let statistics = &self.worker.statistics;
+        statistics.record(Code::Unavailable, self.begun.elapsed());
         self.worker.health.lock().fail(clock::now())
     }
 

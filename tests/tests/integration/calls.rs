@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use selvedge_client::{Call, CallError, Client, Code, IncomingCall, Responder, Status};
 use selvedge_tests::TestBroker;
-use selvedge_tests::wait::within;
+use selvedge_tests::wait::{eventually, within};
 use tokio_util::task::AbortOnDropHandle;
 
 async fn incoming(responder: &mut Responder) -> IncomingCall {
@@ -220,4 +220,70 @@ async fn a_hundred_calls_at_once_are_each_answered_with_their_own_answer() {
         });
     }
     within("all calls", calls.join_all()).await;
+}
+
+#[tokio::test]
+async fn the_broker_tells_who_serves_what_and_how_it_goes() {
+    let broker = TestBroker::open().await;
+    let (press, panel) = (
+        broker.client("press-7").await,
+        broker.client("panel-1").await,
+    );
+    let overview = async |question: &str| {
+        let answer = within(
+            "the overview",
+            panel.call("$SYS/services", question.to_owned()),
+        );
+        serde_json::from_slice::<serde_json::Value>(&answer.await.unwrap()).unwrap()
+    };
+    let nothing = overview("").await;
+    assert_eq!(nothing["service_count"], 0, "{nothing}");
+
+    let mut jobs = press.serve("press-7/jobs").await.unwrap();
+    let _other = naming(&press, "lights", "on").await;
+    for _ in 0..3 {
+        let (answer, ()) = tokio::join!(panel.call("press-7/jobs", "x"), async {
+            incoming(&mut jobs).await.reply("done").await.unwrap();
+        });
+        answer.unwrap();
+    }
+    let (answer, ()) = tokio::join!(panel.call("press-7/jobs", "x"), async {
+        let status = Status::new(Code::FailedPrecondition, "the guard is open");
+        incoming(&mut jobs).await.fail(status).await.unwrap();
+    });
+    assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition);
+
+    // A fifth is under way. The counts of the first four come when the broker is done with them.
+    let _call = panel.call_with(Call::new("press-7/jobs")).await.unwrap();
+    let _fifth = incoming(&mut jobs).await;
+    let known = eventually("the counts", || async {
+        let known = overview(r#"{"pattern": "press-7/#"}"#).await;
+        (known["services"][0]["responders"][0]["calls"] == 4).then_some(known)
+    });
+    let known = known.await;
+    assert_eq!(known["service_count"], 1, "{known}");
+    assert_eq!(known["services"][0]["service"], "press-7/jobs");
+    assert_eq!(known["services"][0]["responder_count"], 1);
+    let responder = &known["services"][0]["responders"][0];
+    let uri = "spiffe://test.example/acme/plant-1/press-7";
+    assert_eq!(responder["identity"], uri);
+    assert_eq!(responder["errors"], 1, "{responder}");
+    assert_eq!(responder["in_flight"], 1, "{responder}");
+    let time = |name: &str| responder[name].as_u64().unwrap();
+    assert!(
+        0 < time("p50_us") && time("p50_us") <= time("p99_us"),
+        "{responder}"
+    );
+
+    let all = overview(r#"{"limit": 1}"#).await;
+    assert_eq!(all["service_count"], 2, "{all}");
+    assert_eq!(all["services"].as_array().unwrap().len(), 1, "{all}");
+    for (question, expected) in [
+        ("x", "expected value"),
+        (r#"{"pattern": "a/#/b"}"#, "pattern: "),
+    ] {
+        let error = panel.call("$SYS/services", question).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
 }
