@@ -21,10 +21,10 @@ Example:
   selvedge services
   selvedge services 'press-7/#' --json
 
-Every responder of a service and every worker of a model of your own tenant: calls in flight of how many
-it takes at once, calls ended and failed since it registered, and how long they took (right to a tenth).
-Every identity needs a rule that allows it to call \"$SYS/services\". The exit code is 1 when nobody serves
-what was asked for.")]
+Every responder of a service and every worker of a model of your own tenant: calls in flight of
+how many it takes at once, calls ended and failed since it registered, and how long they took
+(right to a tenth). Every identity needs a rule that allows it to call \"$SYS/services\". The exit
+code is 1 when nobody serves what was asked for.")]
 pub(crate) struct Args {
     /// Filter that names of services and models have to match. Everything unless given.
     pattern: Option<String>,

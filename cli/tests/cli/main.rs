@@ -12,6 +12,7 @@ mod demo;
 mod dev;
 mod explain;
 mod program;
+mod services;
 #[cfg(target_os = "linux")]
 mod soak;
 mod store;

@@ -224,7 +224,16 @@ async fn a_hundred_calls_at_once_are_each_answered_with_their_own_answer() {
 
 #[tokio::test]
 async fn the_broker_tells_who_serves_what_and_how_it_goes() {
-    let broker = TestBroker::open().await;
+    let broker = TestBroker::governed(
+        r##"
+[[rule]]
+name = "everything, and the broker's own services"
+identities = ["*/*/*"]
+allow = ["call", "serve"]
+subjects = ["#", "$SYS/#"]
+"##,
+    )
+    .await;
     let (press, panel) = (
         broker.client("press-7").await,
         broker.client("panel-1").await,
