@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 
 pub use self::job::{Job, Outcome};
@@ -45,9 +46,22 @@ const GRACE: Duration = Duration::from_secs(120);
 /// Time for a server to come to rest after a measurement.
 const REST: Duration = Duration::from_secs(5);
 
+/// What is compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Subject {
+    /// Messages from publishers to subscribers: `selvedge bench compare`.
+    #[default]
+    Messages,
+    /// Requests that are answered: `selvedge bench rpc`.
+    Calls,
+}
+
 /// What to compare, and how long.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
+    /// What is sent.
+    pub subject: Subject,
     /// The shapes that goals are set for, in less than four minutes.
     pub quick: bool,
     /// Turns of each shape. Default 5, quick 3.
@@ -91,7 +105,11 @@ pub async fn run(
     let systems = chosen(systems, &options.systems, "system", |system, name| {
         system.name == name
     })?;
-    let mut shapes = chosen(shape::all(), &options.shapes, "shape", Shape::is_called)?;
+    let all = match options.subject {
+        Subject::Messages => shape::all(),
+        Subject::Calls => shape::calls(),
+    };
+    let mut shapes = chosen(all, &options.shapes, "shape", Shape::is_called)?;
     if options.quick && options.shapes.is_empty() {
         shapes.retain(|shape| shape.quick);
     }
@@ -155,8 +173,13 @@ pub async fn run(
             budget.spent(planned, taken, bench.warm_up + seconds);
         }
     }
-    let about = systems.iter().map(|system| system.about(program)).collect();
-    let report = Report::new(measurements, about, machine, left_out, most_rounds, seconds);
+    // Who does none of the shapes has nothing to do with the report.
+    let about = (systems.iter())
+        .filter(|system| shapes.iter().any(|shape| shape.suits(system.protocol)))
+        .map(|system| system.about(program))
+        .collect();
+    let what = (options.subject, most_rounds, seconds);
+    let report = Report::new(measurements, about, machine, left_out, what);
     folder.close().context("remove the temporary folder")?;
     Ok(report)
 }

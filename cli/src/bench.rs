@@ -1,11 +1,11 @@
 //! `selvedge bench`: this broker beside its peers, in one run.
 
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use selvedge_bench::compare::{self, Job, Options, load, process, relay};
+use selvedge_bench::compare::{self, Job, Options, Subject, load, process, relay};
 
 use crate::output;
 use crate::signals::Signals;
@@ -27,6 +27,8 @@ pub(crate) struct Args {
 enum Command {
     /// Measure this broker, a bare QUIC relay, nats-server and mosquitto in turns.
     Compare(Compare),
+    /// Measure calls: this broker and nats-server in turns.
+    Rpc(Rpc),
     /// Be the clients of one measurement: read it from standard input, write the result.
     #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
     Load,
@@ -36,6 +38,41 @@ enum Command {
     /// Become a command that ends when the process does that started this one.
     #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
     Guard(Guard),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  selvedge bench rpc --quick
+
+A client of this broker's library calls a service that another serves; with nats-server it is request
+and reply of the async-nats library. 256 bytes each way, over mutual TLS on the same certificates, one
+call at a time and 64 at a time. Both clients are in one process, the server in another, and systems
+take turns.
+
+Without --quick, JSON and tables are written to the folder of --out. Needs Linux.")]
+struct Rpc {
+    /// Three short turns; writes no files.
+    #[arg(long)]
+    quick: bool,
+    /// Write one JSON object to standard output instead of tables.
+    #[arg(long)]
+    json: bool,
+    /// Turns of each shape. Default: 7, with --quick 3.
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Systems, separated by commas. Default: all that are here.
+    #[arg(long, value_delimiter = ',', value_name = "SYSTEMS")]
+    systems: Vec<String>,
+    /// Folder for results.
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    out: PathBuf,
+    /// A further NATS server, called `nats-2.15` or whatever its version is. May be given more than once.
+    #[arg(long, value_name = "PROGRAM", env = "SELVEDGE_BENCH_NATS")]
+    nats: Vec<PathBuf>,
+    /// Time that is measured in each turn.
+    #[arg(long, hide = true, value_name = "SECONDS")]
+    seconds: Option<f64>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -129,7 +166,11 @@ struct Guard {
 impl Args {
     /// Whether results, and failures with them, are JSON.
     pub(crate) fn json(&self) -> bool {
-        matches!(&self.command, Command::Compare(args) if args.json)
+        match &self.command {
+            Command::Compare(args) => args.json,
+            Command::Rpc(args) => args.json,
+            _ => false,
+        }
     }
 }
 
@@ -137,6 +178,7 @@ impl Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Compare(args) => crate::block_on(run_compare(args)),
+        Command::Rpc(args) => crate::block_on(run_rpc(args)),
         Command::Load => crate::block_on(run_load()),
         Command::Relay(args) => crate::block_on(run_relay(args)),
         Command::Guard(args) => {
@@ -147,12 +189,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 async fn run_compare(args: Compare) -> anyhow::Result<ExitCode> {
-    let mut signals = Signals::listen()?;
-    let program = std::env::current_exe().context("find this program")?;
-    if cfg!(debug_assertions) {
-        output::note("this is not an optimised build: its figures mean nothing");
-    }
     let options = Options {
+        subject: Subject::Messages,
         quick: args.quick,
         rounds: args.rounds,
         shapes: args.shapes,
@@ -163,20 +201,42 @@ async fn run_compare(args: Compare) -> anyhow::Result<ExitCode> {
         dir: args.dir,
         packet_bytes: args.packet_bytes,
     };
+    measure(&options, &args.out, args.json).await
+}
+
+async fn run_rpc(args: Rpc) -> anyhow::Result<ExitCode> {
+    let options = Options {
+        subject: Subject::Calls,
+        quick: args.quick,
+        rounds: args.rounds.or(if args.quick { None } else { Some(7) }),
+        systems: args.systems,
+        seconds: args.seconds.or(if args.quick { Some(1.0) } else { None }),
+        nats: args.nats,
+        ..Options::default()
+    };
+    measure(&options, &args.out, args.json).await
+}
+
+async fn measure(options: &Options, out: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::listen()?;
+    let program = std::env::current_exe().context("find this program")?;
+    if cfg!(debug_assertions) {
+        output::note("this is not an optimised build: its figures mean nothing");
+    }
     let progress = |line: &str| output::note(line);
     let report = tokio::select! {
-        report = compare::run(&options, &program, &progress) => report?,
+        report = compare::run(options, &program, &progress) => report?,
         // Servers end, and their folder goes, as the run is dropped.
         () = signals.next() => return Ok(ExitCode::from(STOPPED)),
     };
-    if !args.quick {
-        for file in report.save(&args.out)? {
+    if !options.quick {
+        for file in report.save(out)? {
             output::note(format_args!("wrote {}", file.display()));
         }
     }
-    if args.json && args.quick {
+    if json && options.quick {
         output::line(report.brief())?;
-    } else if args.json {
+    } else if json {
         output::line(serde_json::to_string(&report)?)?;
     } else {
         output::line(report.table())?;

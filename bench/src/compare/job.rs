@@ -46,6 +46,21 @@ pub enum Task {
         /// How many.
         connections: usize,
     },
+    /// Requests that are answered.
+    Calls(Calls),
+}
+
+/// Requests from one client, which another answers with as many bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Calls {
+    /// Requests on their way at any time.
+    pub in_flight: usize,
+    /// Bytes of a request and of its answer.
+    pub size: usize,
+    /// Time before anything is counted, in seconds.
+    pub warm_up: f64,
+    /// Time that is counted, in seconds.
+    pub seconds: f64,
 }
 
 /// Messages from publishers to subscribers, in groups that have nothing to do with each other.
@@ -115,7 +130,7 @@ pub enum Pace {
 /// What a load process writes to its standard output.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Messages delivered in the time that was counted, or connections opened.
+    /// Messages delivered in the time that was counted, connections opened, or requests answered.
     pub count: u64,
     /// The time that was counted, in seconds.
     pub seconds: f64,
@@ -125,7 +140,7 @@ pub struct Outcome {
     pub lost: u64,
     /// Memory of the server at the end, in KiB.
     pub rss_kib: u64,
-    /// Time from the moment a message was due to its delivery.
+    /// Time from the moment a message was due to its delivery, or from a request to its answer.
     pub latency: Option<Latency>,
     /// Growth of the server's memory for each connection, in KiB.
     pub idle_kib: Option<f64>,

@@ -16,6 +16,7 @@ use self::window::Window;
 use super::job::{Job, Latency, Outcome, Pace, Service, Task, Traffic};
 use super::process;
 
+mod calls;
 mod client;
 mod framing;
 mod window;
@@ -52,6 +53,7 @@ pub async fn run(job: Job) -> anyhow::Result<Outcome> {
             Box::pin(run_traffic(&job, &clients, traffic)).await
         }
         Task::Idle { connections } => run_idle(&job, &clients, *connections).await,
+        Task::Calls(wanted) => calls::run(&job, wanted).await,
     };
     clients.close().await;
     outcome

@@ -12,7 +12,7 @@ use super::job::Outcome;
 use super::machine::Machine;
 use super::shape::Shape;
 use super::system::{About, NATS, SELVEDGE};
-use super::{chart, table};
+use super::{Subject, chart, table};
 
 /// Name in ratios of the NATS server that is faster at a shape, when there are several.
 const NATS_BEST: &str = "nats-best";
@@ -20,6 +20,9 @@ const NATS_BEST: &str = "nats-best";
 /// Everything that was measured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
+    /// What was sent. A call that was answered counts as a delivery.
+    #[serde(default)]
+    pub subject: Subject,
     /// Where.
     pub machine: Machine,
     /// Turns of each shape.
@@ -89,6 +92,9 @@ pub struct Ratio {
     pub deliveries: Option<Spread>,
     /// CPU time for each delivery; less than 1 is better.
     pub cpu: Option<Spread>,
+    /// The middle of the latency; less than 1 is better.
+    #[serde(default)]
+    pub p50: Option<Spread>,
     /// The 99th percentile of the latency; less than 1 is better.
     pub p99: Option<Spread>,
     /// Memory for each idle connection; less than 1 is better.
@@ -260,6 +266,7 @@ fn ratio(
         against: against.to_owned(),
         deliveries: spread(|sample| sample.deliveries_per_s),
         cpu: spread(|sample| sample.cpu_us),
+        p50: spread(|sample| sample.p50_us),
         p99: spread(|sample| sample.p99_us),
         idle_kib: spread(|sample| sample.idle_kib),
         handshake_cpu: spread(|sample| sample.handshake_cpu_us),
@@ -291,8 +298,7 @@ impl Report {
         systems: Vec<About>,
         machine: Machine,
         left_out: Vec<String>,
-        rounds: usize,
-        seconds: f64,
+        (subject, rounds, seconds): (Subject, usize, f64),
     ) -> Self {
         let pairs = measurements.pairs();
         let rows: Vec<Row> = pairs
@@ -321,6 +327,7 @@ impl Report {
             }
         }
         Self {
+            subject,
             machine,
             rounds,
             seconds,
@@ -339,11 +346,15 @@ impl Report {
             .rows
             .iter()
             .filter(|row| row.deliveries_per_s.is_some());
+        let (rate, counted) = match self.subject {
+            Subject::Messages => ("deliveries_per_s", "deliveries"),
+            Subject::Calls => ("calls_per_s", "calls"),
+        };
         let rows = busy.map(|row| {
             json!({
                 "shape": row.shape,
                 "system": row.system,
-                "deliveries_per_s": median(row.deliveries_per_s),
+                rate: median(row.deliveries_per_s),
                 "cpu_us": median(row.cpu_us),
                 "p50_us": median(row.p50_us),
                 "p99_us": median(row.p99_us),
@@ -357,8 +368,9 @@ impl Report {
             json!({
                 "shape": ratio.shape,
                 "against": ratio.against,
-                "deliveries": median(ratio.deliveries),
+                counted: median(ratio.deliveries),
                 "cpu": median(ratio.cpu),
+                "p50": median(ratio.p50),
                 "p99": median(ratio.p99),
             })
         });
@@ -403,15 +415,21 @@ impl Report {
     pub fn save(&self, folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
         fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
         let date = self.machine.date.split('T').next().unwrap_or_default();
+        let name = match self.subject {
+            Subject::Messages => "compare",
+            Subject::Calls => "rpc",
+        };
         let mut files = vec![
             (
-                format!("compare-{date}.json"),
+                format!("{name}-{date}.json"),
                 serde_json::to_string_pretty(self)?,
             ),
-            (format!("compare-{date}.md"), self.table()),
+            (format!("{name}-{date}.md"), self.table()),
         ];
-        for (name, chart) in chart::draw(self) {
-            files.push((format!("compare-{date}-{name}.svg"), chart));
+        if self.subject == Subject::Messages {
+            for (what, chart) in chart::draw(self) {
+                files.push((format!("{name}-{date}-{what}.svg"), chart));
+            }
         }
         let mut written = Vec::new();
         for (name, mut text) in files {
@@ -455,7 +473,13 @@ pub(super) mod tests {
             }
         }
         let machine = super::super::machine::describe(Path::new("/"));
-        Report::new(measurements, Vec::new(), machine, Vec::new(), 2, 2.0)
+        Report::new(
+            measurements,
+            Vec::new(),
+            machine,
+            Vec::new(),
+            (Subject::Messages, 2, 2.0),
+        )
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The shapes of work that are compared.
 
-use super::job::{Pace, Protocol, Service, Task, Traffic};
+use super::job::{Calls, Pace, Protocol, Service, Task, Traffic};
 
 /// Bytes of payload that all publishers of a shape may be ahead of their subscribers, all counted.
 const AHEAD: usize = 4 << 20;
@@ -8,6 +8,8 @@ const AHEAD: usize = 4 << 20;
 const AHEAD_OF_ONE: (usize, usize) = (32 << 10, 1 << 20);
 /// Messages a second that are offered where latency is measured.
 const RATE: u32 = 20_000;
+/// Bytes of a request and of its answer.
+const CALL: usize = 256;
 
 /// What the names of shapes begin with in which everyone speaks MQTT.
 const MQTT: &str = "mqtt-";
@@ -36,6 +38,8 @@ enum Kind {
         idle_filters: usize,
     },
     Idle(usize),
+    /// Requests on their way at any time.
+    Calls(usize),
 }
 
 /// What most shapes have in common.
@@ -105,6 +109,17 @@ pub(super) fn all() -> Vec<Shape> {
     shapes
 }
 
+/// The shapes of calls, in the order they are measured.
+pub(super) fn calls() -> Vec<Shape> {
+    let shape = |in_flight| Shape {
+        name: format!("calls-{in_flight}/{}", bytes(CALL)),
+        quick: true,
+        mqtt: false,
+        kind: Kind::Calls(in_flight),
+    };
+    [1, 64].map(shape).into()
+}
+
 impl Shape {
     /// Whether a name given on the command line is this shape's, or that of a family it belongs to.
     pub(super) fn is_called(&self, wanted: &str) -> bool {
@@ -122,6 +137,9 @@ impl Shape {
             {
                 false
             }
+            (Kind::Calls(_), protocol) => {
+                matches!(protocol, Protocol::Selvedge | Protocol::Nats)
+            }
             // It has groups and no filters.
             (Kind::Traffic { idle_filters, .. }, Protocol::Relay) => idle_filters == 0,
             _ => true,
@@ -137,6 +155,7 @@ impl Shape {
     pub(super) fn files(&self) -> u64 {
         let connections = match self.kind {
             Kind::Idle(connections) => connections,
+            Kind::Calls(_) => 2,
             Kind::Traffic {
                 groups,
                 subscribers,
@@ -151,6 +170,12 @@ impl Shape {
     pub(super) fn task(&self, warm_up: f64, seconds: f64) -> Task {
         match self.kind {
             Kind::Idle(connections) => Task::Idle { connections },
+            Kind::Calls(in_flight) => Task::Calls(Calls {
+                in_flight,
+                size: CALL,
+                warm_up,
+                seconds,
+            }),
             Kind::Traffic {
                 groups,
                 subscribers,

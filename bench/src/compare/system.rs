@@ -28,9 +28,9 @@ const START: Duration = Duration::from_secs(20);
 const TRIES: usize = 3;
 
 const POLICY: &str = r##"[[rule]]
-name = "load may publish and subscribe"
+name = "load may publish, subscribe, call and serve"
 identities = ["bench/load/*"]
-allow = ["publish", "subscribe"]
+allow = ["publish", "subscribe", "call", "serve"]
 subjects = ["bench/#"]
 
 [[rule]]

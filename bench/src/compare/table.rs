@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::report::{Ratio, Report, Row, Spread};
+use super::Subject;
+use super::report::{Report, Row, Spread};
 
 /// All tables of a report. Empty ones are left out.
 pub(super) fn write(report: &Report) -> String {
@@ -26,31 +27,29 @@ pub(super) fn write(report: &Report) -> String {
         );
     }
     let systems = systems(&report.rows);
-    section(
-        &mut text,
-        "Deliveries in a second, and server CPU for each in µs (medians)",
-        &report.rows,
-        &systems,
-        |row| {
-            let (rate, cpu) = (row.deliveries_per_s?, row.cpu_us?);
-            let lost = if row.lost > 0 { ", **lossy**" } else { "" };
-            Some(format!("{}, {:.2}{lost}", count(rate.median), cpu.median))
-        },
-    );
-    section(
-        &mut text,
-        "Latency in µs from the moment a message was due: p50 / p99 / p99.9 (medians)",
-        &report.rows,
-        &systems,
-        |row| {
-            let (p50, p99, p999) = (row.p50_us?, row.p99_us?, row.p999_us?);
-            let quantiles = (p50.median, p99.median, p999.median);
-            Some(format!(
-                "{:.0} / {:.0} / {:.0}",
-                quantiles.0, quantiles.1, quantiles.2
-            ))
-        },
-    );
+    let (busy, latency) = match report.subject {
+        Subject::Messages => (
+            "Deliveries in a second, and server CPU for each in µs (medians)",
+            "Latency in µs from the moment a message was due: p50 / p99 / p99.9 (medians)",
+        ),
+        Subject::Calls => (
+            "Calls answered in a second, and server CPU for each in µs (medians)",
+            "Time from request to answer in µs: p50 / p99 / p99.9 (medians)",
+        ),
+    };
+    section(&mut text, busy, &report.rows, &systems, |row| {
+        let (rate, cpu) = (row.deliveries_per_s?, row.cpu_us?);
+        let lost = if row.lost > 0 { ", **lossy**" } else { "" };
+        Some(format!("{}, {:.2}{lost}", count(rate.median), cpu.median))
+    });
+    section(&mut text, latency, &report.rows, &systems, |row| {
+        let (p50, p99, p999) = (row.p50_us?, row.p99_us?, row.p999_us?);
+        let quantiles = (p50.median, p99.median, p999.median);
+        Some(format!(
+            "{:.0} / {:.0} / {:.0}",
+            quantiles.0, quantiles.1, quantiles.2
+        ))
+    });
     section(
         &mut text,
         "Idle connections with one subscription: KiB of server memory each; handshakes in a second, \
@@ -67,7 +66,7 @@ pub(super) fn write(report: &Report) -> String {
             ))
         },
     );
-    ratios(&mut text, &report.ratios);
+    ratios(&mut text, report);
     for line in report.left_out.iter().chain(&report.failures) {
         let _ = writeln!(text, "\n{line}");
     }
@@ -117,18 +116,23 @@ fn section(
     }
 }
 
-fn ratios(text: &mut String, ratios: &[Ratio]) {
-    if ratios.is_empty() {
+fn ratios(text: &mut String, report: &Report) {
+    if report.ratios.is_empty() {
         return;
     }
+    let counted = match report.subject {
+        Subject::Messages => "deliveries",
+        Subject::Calls => "calls",
+    };
     let _ = writeln!(
         text,
         "\n### selvedge divided by another: median (min to max) over rounds\n\n\
-         | | against | deliveries (more is better) | CPU (less is better) | other (less is better) |\n\
+         | | against | {counted} (more is better) | CPU (less is better) | other (less is better) |\n\
          |---|---|---|---|---|"
     );
-    for ratio in ratios {
+    for ratio in &report.ratios {
         let others = [
+            ("p50", ratio.p50),
             ("p99", ratio.p99),
             ("KiB", ratio.idle_kib),
             ("handshake CPU", ratio.handshake_cpu),

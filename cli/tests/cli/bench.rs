@@ -116,3 +116,32 @@ fn an_unknown_shape_is_refused() {
         "{failed}"
     );
 }
+
+#[test]
+fn calls_are_measured_beside_nothing() {
+    let done = run(selvedge([
+        "bench",
+        "rpc",
+        "--quick",
+        "--json",
+        "--systems",
+        "selvedge",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.2",
+    ]));
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let report = &done.json()[0];
+    let rows = report["rows"].as_array().unwrap();
+    let shapes: Vec<&str> = rows
+        .iter()
+        .map(|row| row["shape"].as_str().unwrap())
+        .collect();
+    assert_eq!(shapes, ["calls-1/256B", "calls-64/256B"]);
+    for row in rows {
+        let figure = |name: &str| row[name].as_f64().unwrap();
+        assert!(figure("calls_per_s") > 0.0, "{row}");
+        assert!(figure("p50_us") <= figure("p99_us"), "{row}");
+    }
+}
