@@ -111,7 +111,8 @@ impl Dedup {
         Ok(None)
     }
 
-    /// Puts back an id that the store kept, `left` being the time it is still remembered.
+    /// Puts back an id that the store kept, `left` being the time it is still remembered. Cheap when
+    /// those that are forgotten first come first.
     pub fn restore(&self, publisher: &Identity, id: &Bytes, left: Duration, now: Instant) {
         let mut window = self.window.lock();
         let key = (publisher.clone(), id.clone());
@@ -123,7 +124,6 @@ impl Dedup {
                 taken: Taken { whole: true },
                 stored: true,
             });
-            // They come in the order of their ids, not of their times.
             let place = window.order.partition_point(|(held, _)| *held <= since);
             window.order.insert(place, (since, key));
         }

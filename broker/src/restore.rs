@@ -127,7 +127,11 @@ pub(crate) fn restore(fabric: &Arc<Fabric>, loaded: Loaded) {
     restore_history(fabric, &store, &mut flows, loaded.history, &mut left_out);
 
     let (now, clock) = (crate::clock::now(), SystemTime::now());
-    for stored in loaded.message_ids {
+    let mut message_ids = loaded.message_ids;
+    // The store has them in the order of their names. The window is in that of time, and putting hundreds
+    // of thousands into the middle of it would take minutes.
+    message_ids.sort_by_key(|stored| stored.until);
+    for stored in message_ids {
         match stored.publisher.parse::<Identity>() {
             Ok(publisher) => {
                 let left = stored.until.duration_since(clock).unwrap_or_default();
