@@ -222,6 +222,21 @@ async fn serve(
                 return;
             }
         };
+    } else {
+        let unexpected = tokio::select! {
+            () = fabric.shutdown.cancelled() => return,
+            found = timeout_at(deadline, proxy::is_announced(&stream)) => found,
+        };
+        if unexpected.is_ok_and(|found| found) {
+            tracing::warn!(
+                listener = label,
+                %peer,
+                "refused a connection: it begins with a PROXY protocol header, and this listener expects \
+                 none: name the load balancer in mqtt.proxy_protocol, or have it send no header"
+            );
+            fabric.metrics.refuse(label, "proxy_header_unexpected");
+            return;
+        }
     }
     let arrival = Arrival {
         listener,

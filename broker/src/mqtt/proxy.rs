@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use ppp::v2::{Addresses, Command, Header, PROTOCOL_PREFIX};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::net::TcpStream;
 
 /// The fixed part of a header: prefix, version and command, family, length of the rest.
 const MINIMUM_LENGTH: usize = PROTOCOL_PREFIX.len() + 4;
@@ -126,6 +127,24 @@ impl ProxyError {
     }
 }
 
+/// Whether a connection begins with a header, of either version, that nobody expects. Nothing is taken from
+/// the connection. Waits for its first bytes; no client of any protocol here lets the broker speak first.
+pub(crate) async fn is_announced(stream: &TcpStream) -> bool {
+    let mut start = [0; PROTOCOL_PREFIX.len()];
+    match stream.peek(&mut start).await {
+        Ok(count) => is_header(&start[..count]),
+        // Whoever reads next finds it, too.
+        Err(_) => false,
+    }
+}
+
+/// Whether these are the first bytes of a header, as far as they go.
+fn is_header(start: &[u8]) -> bool {
+    // No packet of MQTT, record of TLS or request of HTTP begins with the first byte of version 2.
+    let second = !start.is_empty() && PROTOCOL_PREFIX.starts_with(start);
+    second || start.starts_with(b"PROXY ")
+}
+
 /// Reads the header that a connection from `peer` begins with, and not a byte more. Returns the address
 /// of the client; that of the balancer when it speaks for itself, as its health checks do.
 ///
@@ -194,6 +213,24 @@ mod tests {
         let mut rest = bytes;
         let read = accept(&mut rest, peer.parse().unwrap(), &trusted()).await;
         (read.map_err(|error| error.label().to_owned()), rest.len())
+    }
+
+    #[test]
+    fn a_header_that_nobody_expects_is_told_from_what_clients_send() {
+        for header in [PROTOCOL_PREFIX, b"\r", b"\r\n\r\n", b"PROXY TCP4 1."] {
+            assert!(is_header(header), "{header:?}");
+        }
+        // CONNECT, a TLS record, requests of HTTP, and nothing.
+        for other in [
+            &b"\x10\x10\0\x04MQTT"[..],
+            b"\x16\x03\x01",
+            b"GET / HTTP/1",
+            b"P",
+            b"PUT /",
+            b"",
+        ] {
+            assert!(!is_header(other), "{other:?}");
+        }
     }
 
     #[tokio::test]

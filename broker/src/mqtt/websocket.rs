@@ -14,8 +14,9 @@ use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
 use tokio_tungstenite::tungstenite::http::uri::Authority;
 use tokio_tungstenite::tungstenite::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
-use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
 
 use crate::metrics::Metrics;
@@ -305,16 +306,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WebSocket<S> {
                 Some(Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake))) => {
                     return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
                 }
-                Some(Ok(Message::Text(_))) => "a WebSocket frame of text",
-                Some(Err(Error::Capacity(_))) => "a WebSocket frame that is too large",
-                Some(Err(_)) => "a malformed WebSocket frame",
+                Some(Ok(Message::Text(_))) => (CloseCode::Unsupported, "a WebSocket frame of text"),
+                Some(Err(Error::Capacity(_))) => {
+                    (CloseCode::Size, "a WebSocket frame that is too large")
+                }
+                Some(Err(_)) => (CloseCode::Protocol, "a malformed WebSocket frame"),
             };
+            let (code, what) = what;
+            self.say_why(cx, code, what);
             return Poll::Ready(Err(self.report.broken(what)));
         }
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
+    /// Closes with a code (RFC 6455, section 7.4.1), as far as that goes without waiting: the connection
+    /// ends whether the client hears why or not.
+    fn say_why(&mut self, cx: &mut Context<'_>, code: CloseCode, what: &'static str) {
+        let close = CloseFrame {
+            code,
+            reason: Utf8Bytes::from_static(what),
+        };
+        if let Poll::Ready(Ok(())) = Pin::new(&mut self.inner).poll_ready(cx)
+            && (Pin::new(&mut self.inner).start_send(Message::Close(Some(close)))).is_ok()
+        {
+            let _ = Pin::new(&mut self.inner).poll_flush(cx);
+        }
+    }
+
     fn poll_send(
         &mut self,
         cx: &mut Context<'_>,

@@ -287,6 +287,17 @@ async fn behind_a_load_balancer_only_its_headers_open_a_connection() {
         .unwrap();
     assert_eq!(answer, [0x20]);
 
+    // A header where none is expected has a word of its own.
+    let plain = TestBroker::with(broker::OPEN, |config, pki| {
+        let sensors = pki.device("acme", "plant-1", "sensors").identity().clone();
+        config.mqtt.danger_plaintext = Some((([127, 0, 0, 1], 0).into(), sensors));
+    })
+    .await;
+    let mut tcp = TcpStream::connect(plain.mqtt()).await.unwrap();
+    tcp.write_all(header).await.unwrap();
+    let labels = [("listener", "mqtt"), ("reason", "proxy_header_unexpected")];
+    plain.metric_reaches(REFUSED, &labels, 1).await;
+
     // Whoever is not a balancer is sent away, header or not.
     let refused = tunnel::open_websocket(&ws(&broker)).await;
     assert!(refused.is_err());

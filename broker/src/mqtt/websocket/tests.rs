@@ -79,10 +79,15 @@ async fn frames_are_a_stream_whatever_their_size() {
 
 #[tokio::test]
 async fn text_and_what_is_too_large_end_the_connection() {
-    for (frame, what) in [
-        (Message::Text("\u{10}".into()), "a WebSocket frame of text"),
+    for (frame, code, what) in [
+        (
+            Message::Text("\u{10}".into()),
+            CloseCode::Unsupported,
+            "a WebSocket frame of text",
+        ),
         (
             Message::Binary(vec![0; MAX_PACKET + BESIDE_A_PACKET + 1].into()),
+            CloseCode::Size,
             "a WebSocket frame that is too large",
         ),
     ] {
@@ -90,6 +95,12 @@ async fn text_and_what_is_too_large_end_the_connection() {
         client.send(frame).await.unwrap();
         let error = server.read(&mut [0; 8]).await.unwrap_err();
         assert_eq!(error.to_string(), what);
+        match client.next().await {
+            Some(Ok(Message::Close(Some(close)))) => {
+                assert_eq!((close.code, close.reason.as_str()), (code, what));
+            }
+            other => panic!("expected a close frame, found {other:?}"),
+        }
         let label = ListenerReason {
             listener: "ws",
             reason: what,
