@@ -150,7 +150,7 @@ fn is_header(start: &[u8]) -> bool {
 ///
 /// # Errors
 /// The connection has to be closed.
-pub(crate) async fn accept<S: AsyncRead + Unpin>(
+pub async fn accept<S: AsyncRead + Unpin>(
     stream: &mut S,
     peer: SocketAddr,
     trusted: &TrustedProxies,
