@@ -100,7 +100,9 @@ pub(crate) async fn serve(caller: Caller, send: SendStream, recv: RecvStream) {
         },
         Kind::INFER => match frame::decode("inference header", frame.body) {
             Ok(header) => {
-                let (tier, code) = inference::infer(&caller, header, leg, rest).await;
+                // Its future is by far the larger, and every call would move one of its size.
+                let infer = Box::pin(inference::infer(&caller, header, leg, rest));
+                let (tier, code) = infer.await;
                 metrics.inference_ended(tier.map_or("none", |tier| tier.as_str()), code);
             }
             Err(error) => refuse(&caller, leg.send, &error.to_string()).await,
@@ -181,7 +183,7 @@ async fn place_and_relay(
         .map_err(|error| Status::new(Code::InvalidArgument, error.to_string()))?;
     caller.allow(Verb::Call, &service)?;
     if system::is_reserved(&service) {
-        return system::call(caller, &service, leg, rest, due).await;
+        return Box::pin(system::call(caller, &service, leg, rest, due)).await;
     }
     let fabric = &caller.fabric;
     let cancelled = leg.send.stopped();
@@ -222,7 +224,7 @@ async fn place_and_relay(
             Link::Quic(connection) => connection,
             Link::Messages(link) => {
                 let limit = fabric.limits.max_frame_bytes;
-                match messages::ask(leg, link, onward, rest, due, limit).await {
+                match Box::pin(messages::ask(leg, link, onward, rest, due, limit)).await {
                     Ok(Asked::Ended(code)) => {
                         placed.end(code);
                         return Ok(code);

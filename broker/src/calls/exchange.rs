@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 use super::tracker::ResponseTracker;
 
 /// Chunks forwarded at once.
-const CHUNKS: usize = 32;
+const CHUNKS: usize = 8;
 
 /// Where the bytes of a response go: to a peer, or to the front door of this broker.
 pub(crate) trait Sink: Send {

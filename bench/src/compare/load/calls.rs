@@ -21,6 +21,21 @@ use crate::compare::process;
 /// The service, and the subject in NATS.
 const SERVICE: (&str, &str) = ("bench/echo", "bench.echo");
 
+/// Who answers, until it is told to stop.
+struct Answering {
+    task: AbortOnDropHandle<()>,
+    client: Option<Client>,
+}
+
+impl Answering {
+    async fn cancel(self) {
+        self.task.abort();
+        if let Some(client) = self.client {
+            client.close().await;
+        }
+    }
+}
+
 /// Who asks.
 #[derive(Clone)]
 enum Caller {
@@ -42,7 +57,7 @@ impl Caller {
 /// # Errors
 /// The server cannot be reached, or a call fails.
 pub(super) async fn run(job: &Job, wanted: &Calls) -> anyhow::Result<Outcome> {
-    let (caller, _responder) = match job.protocol {
+    let (caller, responder) = match job.protocol {
         Protocol::Selvedge => selvedge(job).await?,
         Protocol::Nats => nats(job).await?,
         other => bail!("{other:?} has no calls"),
@@ -83,6 +98,11 @@ pub(super) async fn run(job: &Job, wanted: &Calls) -> anyhow::Result<Outcome> {
     while let Some(ended) = callers.join_next().await {
         times.add(ended??)?;
     }
+    // A QUIC connection does not end with its process, and a responder that lingers would get calls.
+    if let Caller::Selvedge(caller) = &caller {
+        caller.close().await;
+    }
+    responder.cancel().await;
     let quantile = |quantile| times.value_at_quantile(quantile) as f64 / 1e3;
     Ok(Outcome {
         count: times.len(),
@@ -116,7 +136,7 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-async fn selvedge(job: &Job) -> anyhow::Result<(Caller, AbortOnDropHandle<()>)> {
+async fn selvedge(job: &Job) -> anyhow::Result<(Caller, Answering)> {
     let connect = async |name: &str| {
         let files = certificate(job, name)?;
         let options = Options::new(&format!("{SERVER_NAME}:{}", job.address.port()))?
@@ -128,8 +148,6 @@ async fn selvedge(job: &Job) -> anyhow::Result<(Caller, AbortOnDropHandle<()>)> 
     let options = ServeOptions { max_in_flight: 0 };
     let mut calls = responder.serve_with(SERVICE.0, options).await?;
     let answering = tokio::spawn(async move {
-        // The service ends with the client.
-        let _responder = responder;
         while let Some(mut call) = calls.next().await {
             tokio::spawn(async move {
                 if let Ok(request) = call.request().await {
@@ -140,10 +158,14 @@ async fn selvedge(job: &Job) -> anyhow::Result<(Caller, AbortOnDropHandle<()>)> 
         }
     });
     let caller = Caller::Selvedge(connect("caller").await?);
-    Ok((caller, AbortOnDropHandle::new(answering)))
+    let answering = Answering {
+        task: AbortOnDropHandle::new(answering),
+        client: Some(responder),
+    };
+    Ok((caller, answering))
 }
 
-async fn nats(job: &Job) -> anyhow::Result<(Caller, AbortOnDropHandle<()>)> {
+async fn nats(job: &Job) -> anyhow::Result<(Caller, Answering)> {
     let connect = async |name: &str| {
         let files = certificate(job, name)?;
         let options = async_nats::ConnectOptions::new()
@@ -166,7 +188,11 @@ async fn nats(job: &Job) -> anyhow::Result<(Caller, AbortOnDropHandle<()>)> {
         }
     });
     let caller = Caller::Nats(connect("caller").await?);
-    Ok((caller, AbortOnDropHandle::new(answering)))
+    let answering = Answering {
+        task: AbortOnDropHandle::new(answering),
+        client: None,
+    };
+    Ok((caller, answering))
 }
 
 fn certificate(job: &Job, name: &str) -> anyhow::Result<IssuedPaths> {
