@@ -22,6 +22,10 @@ use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
 use crate::quic::{FrameReader, ReadFrameError};
 
+mod race;
+
+use self::race::{Raced, race};
+
 /// An edge answer is not given up when less than this share of the deadline is left.
 const CASCADE_SHARE: u32 = 10;
 
@@ -148,11 +152,16 @@ async fn run(
             ),
             _ => slot.choice.reason.clone(),
         };
-        match ask(
-            caller, &request, leg, &payload, slot, reason, threshold, None,
-        )
-        .await?
-        {
+        // What may be made twice and is held whole may be given to two workers.
+        let attempt = if request.header.idempotent && payload.ended {
+            hedge(caller, &request, leg, &payload, slot, reason, tier).await?
+        } else {
+            ask(
+                caller, &request, leg, &payload, slot, reason, threshold, None,
+            )
+            .await?
+        };
+        match attempt {
             Attempt::Done(code) => return Ok(code),
             Attempt::Refused(status) => return Err(status),
             Attempt::Unsure(held) => {
@@ -175,6 +184,59 @@ async fn run(
                     ),
                 ));
             }
+        }
+    }
+}
+
+/// Asks one worker, or two when the first does not answer, and says in `tier` whose answer it is.
+async fn hedge(
+    caller: &Caller,
+    request: &Checked,
+    leg: &mut Leg<impl Sink, impl Source>,
+    payload: &Whole,
+    slot: Slot,
+    reason: String,
+    tier: &mut Option<Tier>,
+) -> Result<Attempt, Status> {
+    match Box::pin(race(caller, request, leg, payload, slot)).await? {
+        Raced::Gone(code) => Ok(Attempt::Done(leg.abandon(code))),
+        Raced::Unanswered(slot, Unanswered::Lost) => Ok(Attempt::Lost(blame(caller, slot))),
+        Raced::Unanswered(slot, Unanswered::Status(status)) => {
+            if is_the_workers_fault(status.code) {
+                blame(caller, slot);
+            }
+            Ok(Attempt::Refused(status))
+        }
+        Raced::Answered {
+            slot,
+            worker,
+            answer,
+            rest,
+            hedged,
+        } => {
+            *tier = Some(slot.worker.tier);
+            let least = (request.header.min_confidence)
+                .filter(|_| slot.worker.tier == Tier::Edge && hedged.is_none());
+            let mut worker = worker;
+            if least.is_some_and(|least| answer.confidence.unwrap_or(1.0) < least) {
+                return Ok(Attempt::Unsure(Box::new(Held {
+                    answer: *answer,
+                    leg: worker,
+                    rest,
+                    slot,
+                })));
+            }
+            let is_hedged = hedged.is_some();
+            let reason = match hedged {
+                Some(hedged) => format!("{hedged}; {}", slot.choice.reason),
+                None => reason,
+            };
+            let answer = wire::InferAnswer {
+                hedged: is_hedged,
+                ..complete_answer(*answer, request, &slot, reason, None)
+            };
+            let code = pass_on(caller, leg, &mut worker, &answer, rest, slot, request.due).await;
+            Ok(Attempt::Done(code))
         }
     }
 }
@@ -467,6 +529,8 @@ async fn pass_on(
     let code = exchange::conclude(leg, worker, &tracker, outcome).await;
     if code == Code::Ok {
         slot.complete();
+    } else if is_the_workers_fault(code) {
+        blame(caller, slot);
     }
     code
 }
@@ -508,6 +572,8 @@ fn complete_answer(
         reason,
         escalated: edge_confidence.is_some(),
         edge_confidence,
+        estimate_us: u64::try_from(slot.choice.estimate.as_micros()).unwrap_or(u64::MAX),
+        hedged: false,
         ..answer
     }
 }

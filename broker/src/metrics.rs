@@ -125,6 +125,8 @@ pub struct Metrics {
     pub inferences: Family<InferOutcome, Counter>,
     /// Edge answers given up for a cloud answer.
     pub escalations: Counter,
+    /// Inferences that a second worker was asked for while the first did not answer.
+    pub hedges: Counter,
     /// Inferences that wait for a slot now.
     pub waiting_inferences: Gauge,
     /// Workers that were given no more requests of a model for a while because they failed.
@@ -203,6 +205,10 @@ impl Default for Metrics {
             calls_in_flight: register!("calls_in_flight", "Calls and inferences in progress"),
             inferences: register!("inferences", "Inferences, by tier and outcome"),
             escalations: register!("escalations", "Edge answers given up for a cloud answer"),
+            hedges: register!(
+                "hedges",
+                "Inferences given to a second worker while the first did not answer"
+            ),
             waiting_inferences: register!(
                 "waiting_inferences",
                 "Inferences that wait for a slot now"

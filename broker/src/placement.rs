@@ -8,6 +8,7 @@ use self::health::Standing;
 
 pub mod budget;
 pub mod health;
+pub mod hedge;
 pub mod waiting;
 
 #[cfg(test)]

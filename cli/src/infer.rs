@@ -205,6 +205,7 @@ fn json(inference: &Inference, tensors: Option<&[Tensor]>, elapsed: Duration) ->
     object.insert("tier".into(), answer.tier.map(Tier::as_str).into());
     object.insert("reason".into(), answer.reason.as_str().into());
     object.insert("escalated".into(), answer.escalated.into());
+    object.insert("hedged".into(), answer.hedged.into());
     object.insert("edge_confidence".into(), number(answer.edge_confidence));
     object.insert(
         "time_ms".into(),
@@ -212,6 +213,7 @@ fn json(inference: &Inference, tensors: Option<&[Tensor]>, elapsed: Duration) ->
             "placement": duration::millis(answer.placement),
             "queue": duration::millis(answer.queue),
             "compute": duration::millis(answer.compute),
+            "estimate": duration::millis(answer.estimate),
             "elapsed": duration::millis(elapsed),
         }),
     );

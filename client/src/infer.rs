@@ -169,6 +169,10 @@ pub struct Answer {
     pub escalated: bool,
     /// Confidence of that edge answer.
     pub edge_confidence: Option<f32>,
+    /// How long the answer was expected to take when the worker was chosen.
+    pub estimate: Duration,
+    /// This is a second worker's answer: the first did not answer in time.
+    pub hedged: bool,
 }
 
 /// A whole answer.
@@ -341,6 +345,8 @@ impl From<wire::InferAnswer> for Answer {
             reason: answer.reason,
             escalated: answer.escalated,
             edge_confidence: answer.edge_confidence,
+            estimate: Duration::from_micros(answer.estimate_us),
+            hedged: answer.hedged,
         }
     }
 }

@@ -364,7 +364,9 @@ pub(crate) fn explained(answer: &wire::InferAnswer) -> Vec<(String, Parameter)> 
         ("queue_us", number(answer.queue_us)),
         ("compute_us", number(answer.compute_us)),
         ("placement_us", number(answer.placement_us)),
+        ("estimate_us", number(answer.estimate_us)),
         ("escalated", Parameter::Bool(answer.escalated)),
+        ("hedged", Parameter::Bool(answer.hedged)),
     ];
     let confidence = |value: f32| Parameter::Double(f64::from(value));
     named.extend(

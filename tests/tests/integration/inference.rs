@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use selvedge_client::{
     AnswerInfo, CallError, Class, Client, Code, IncomingInference, Infer, ModelRegistration,
-    Residency, Tier, WorkerHandle,
+    Preference, Residency, Tier, WorkerHandle,
 };
-use selvedge_tests::TestBroker;
 use selvedge_tests::broker::OPEN;
 use selvedge_tests::wait::within;
+use selvedge_tests::{TestBroker, UdpLink};
 use tokio_util::task::AbortOnDropHandle;
 
 fn registration(model: &str, tier: Tier, slots: u32) -> ModelRegistration {
@@ -361,6 +361,113 @@ async fn a_lost_worker_is_unavailable_unless_the_request_may_be_repeated() {
         }
         successor.0.close().await;
     }
+}
+
+/// A model that should answer in a millisecond.
+async fn working(client: &Client, tier: Tier) -> WorkerHandle {
+    client.work(registration("digits", tier, 4)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cloud_that_falls_silent_is_hedged_with_the_edge() {
+    let broker = TestBroker::open().await;
+    let link = UdpLink::start(broker.quic(), 11).await.unwrap();
+    let camera = broker.client("acme/plant-1/camera-3").await;
+    let edge = broker.client("acme/plant-1/edge-1").await;
+    let behind = broker.options(broker.device("acme/cloud/gpu-1"));
+    let cloud = broker.connect(behind.resolve(link.address())).await;
+    let mut gone = working(&cloud, Tier::Cloud).await;
+    let _edge = answering(&edge, Tier::Edge, 0.9, "edge").await;
+    let request = |residency| {
+        Infer::new("digits")
+            .payload("image")
+            .preference(Preference::Cloud)
+            .residency(residency)
+            .deadline(Duration::from_secs(20))
+    };
+    // While all is well the cloud answers.
+    let (well, ()) = tokio::join!(
+        camera.infer(request(Residency::Any).idempotent(true)),
+        async {
+            let mut asked = incoming(&mut gone).await;
+            asked.request().await.unwrap();
+            asked.reply(sure(0.9), "cloud").await.unwrap();
+        }
+    );
+    let well = well.unwrap();
+    assert_eq!(
+        (&well.payload[..], well.answer.hedged),
+        (&b"cloud"[..], false)
+    );
+
+    link.cut();
+    let hedged = camera.infer(request(Residency::Any).idempotent(true));
+    let hedged = within("the edge's answer", hedged).await.unwrap();
+    let answer = &hedged.answer;
+    assert_eq!((&hedged.payload[..], answer.hedged), (&b"edge"[..], true));
+    assert_eq!(answer.tier, Some(Tier::Edge));
+    assert!(
+        answer.reason.contains("gpu-1 was silent"),
+        "{}",
+        answer.reason
+    );
+    assert_eq!(broker.metric("selvedge_hedges_total", &[]).await, 1);
+}
+
+#[tokio::test]
+async fn a_late_worker_is_hedged_and_told_to_stop_unless_the_request_counts_once() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("acme/plant-1/camera-3").await;
+    let edge = broker.client("acme/plant-1/edge-1").await;
+    let cloud = broker.client("acme/cloud/gpu-1").await;
+    let mut stuck = working(&edge, Tier::Edge).await;
+    let _cloud = answering(&cloud, Tier::Cloud, 0.9, "cloud").await;
+    let request = || {
+        Infer::new("digits")
+            .payload("image")
+            .preference(Preference::Edge)
+            .deadline(Duration::from_secs(20))
+    };
+    let (answer, loser) = tokio::join!(camera.infer(request().idempotent(true)), async {
+        let asked = incoming(&mut stuck).await;
+        within("the loser to hear of it", asked.cancelled()).await;
+        asked
+    });
+    drop(loser);
+    let answer = answer.unwrap();
+    assert_eq!(
+        (&answer.payload[..], answer.answer.hedged),
+        (&b"cloud"[..], true)
+    );
+    assert!(answer.answer.reason.contains("edge-1 took too long"));
+
+    // What may be done only once waits for the first, however late: long enough for a hedge.
+    let (once, ()) = tokio::join!(camera.infer(request()), async {
+        let mut asked = incoming(&mut stuck).await;
+        asked.request().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        asked.reply(sure(0.9), "edge").await.unwrap();
+    });
+    let once = once.unwrap();
+    assert_eq!(
+        (&once.payload[..], once.answer.hedged),
+        (&b"edge"[..], false)
+    );
+
+    // And a request bound to its site is never given to the cloud.
+    let bound = request().idempotent(true).residency(Residency::Site);
+    let (bound, ()) = tokio::join!(camera.infer(bound), async {
+        let mut asked = incoming(&mut stuck).await;
+        asked.request().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        asked.reply(sure(0.9), "edge").await.unwrap();
+    });
+    let bound = bound.unwrap();
+    assert_eq!(
+        (&bound.payload[..], bound.answer.hedged),
+        (&b"edge"[..], false)
+    );
+    assert_eq!(broker.metric("selvedge_hedges_total", &[]).await, 1);
 }
 
 #[tokio::test]
