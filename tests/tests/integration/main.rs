@@ -14,6 +14,7 @@ mod history;
 mod hostile;
 mod identity;
 mod inference;
+mod inference_chaos;
 mod limits;
 mod message_ids;
 mod mqtt;
