@@ -17,6 +17,7 @@ use crate::calls::local;
 use crate::calls::tracker::ResponseTracker;
 use crate::calls::{Caller, end_with, interruption, left_ms};
 use crate::clock;
+use crate::metrics::TierLabel;
 use crate::models::{Excluded, Patience, Slot, WorkerModel};
 use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
@@ -136,11 +137,18 @@ async fn run(
     caller.tenant.models.earn_repetition(&request.model);
     let mut lost: Vec<Excluded> = Vec::new();
     loop {
+        let asked_for = clock::now();
         let slot = tokio::select! {
             slot = place(caller, &request, None, &lost) => slot?,
             code = leg.send.stopped() => return Ok(leg.abandon(code)),
         };
         *tier = Some(slot.worker.tier);
+        let label = TierLabel {
+            tier: slot.worker.tier.as_str(),
+        };
+        let wait = &caller.fabric.metrics.slot_wait;
+        wait.get_or_create(&label)
+            .observe(asked_for.elapsed().as_secs_f64());
         let threshold = request
             .header
             .min_confidence
@@ -233,7 +241,7 @@ async fn hedge(
             };
             let answer = wire::InferAnswer {
                 hedged: is_hedged,
-                ..complete_answer(*answer, request, &slot, reason, None)
+                ..complete_answer(caller, *answer, request, &slot, reason, None)
             };
             let code = pass_on(caller, leg, &mut worker, &answer, rest, slot, request.due).await;
             Ok(Attempt::Done(code))
@@ -311,7 +319,7 @@ async fn escalate(
         rest,
         slot,
     } = held;
-    let answer = complete_answer(answer, request, &slot, kept, None);
+    let answer = complete_answer(caller, answer, request, &slot, kept, None);
     Ok(pass_on(caller, leg, &mut edge, &answer, rest, slot, request.due).await)
 }
 
@@ -379,7 +387,8 @@ async fn ask(
                     Came::Unsure(answer, rest)
                 }
                 Ok((answer, rest)) => {
-                    let answer = complete_answer(answer, request, &slot, reason, edge_confidence);
+                    let answer =
+                        complete_answer(caller, answer, request, &slot, reason, edge_confidence);
                     let sent = send_answer(worker_recv, &mut leg.send, &answer, rest, &mut tracker);
                     Came::Answer(exchange.during(sent).await)
                 }
@@ -554,6 +563,7 @@ async fn send_answer(
 
 /// Fills in what only the broker knows.
 fn complete_answer(
+    caller: &Caller,
     answer: wire::InferAnswer,
     request: &Checked,
     slot: &Slot,
@@ -561,7 +571,18 @@ fn complete_answer(
     edge_confidence: Option<f32>,
 ) -> wire::InferAnswer {
     let compute = Duration::from_micros(answer.compute_us.saturating_add(answer.queue_us));
-    let overhead = request.begun.elapsed().saturating_sub(compute);
+    let elapsed = request.begun.elapsed();
+    let overhead = elapsed.saturating_sub(compute);
+    let metrics = &caller.fabric.metrics;
+    let tier = TierLabel {
+        tier: slot.worker.tier.as_str(),
+    };
+    for (times, time) in [
+        (&metrics.overhead, overhead),
+        (&metrics.first_answer, elapsed),
+    ] {
+        times.get_or_create(&tier).observe(time.as_secs_f64());
+    }
     wire::InferAnswer {
         model: request.model.as_str().to_owned(),
         version: slot.worker.version.clone(),

@@ -7,6 +7,7 @@ use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use selvedge_proto::status::Code;
@@ -62,6 +63,28 @@ pub struct InferOutcome {
     pub tier: &'static str,
     /// How it ended.
     pub outcome: &'static str,
+}
+
+/// How a hedge ended, as a metrics label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HedgeOutcome {
+    /// `won` when the second worker answered, `lost` when the first did after all, `none` when nobody did.
+    pub outcome: &'static str,
+}
+
+/// A tier, as a metrics label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TierLabel {
+    /// `edge` or `cloud`.
+    pub tier: &'static str,
+}
+
+/// Times of inferences, by tier, in seconds.
+pub type Times = Family<TierLabel, Histogram, fn() -> Histogram>;
+
+/// From a tenth of a millisecond to some 50 s, each bound twice the one before.
+fn times() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_1, 2.0, 20))
 }
 
 /// Everything a broker counts. Reading or adding takes no lock but for labels seen first.
@@ -125,8 +148,14 @@ pub struct Metrics {
     pub inferences: Family<InferOutcome, Counter>,
     /// Edge answers given up for a cloud answer.
     pub escalations: Counter,
-    /// Inferences that a second worker was asked for while the first did not answer.
-    pub hedges: Counter,
+    /// Inferences that a second worker was asked for while the first did not answer, by outcome.
+    pub hedges: Family<HedgeOutcome, Counter>,
+    /// How long inferences waited for a worker's slot.
+    pub slot_wait: Times,
+    /// What the fabric added to an answer: its time less what the worker queued and computed.
+    pub overhead: Times,
+    /// Time from a request to the first frame of its answer.
+    pub first_answer: Times,
     /// Inferences that wait for a slot now.
     pub waiting_inferences: Gauge,
     /// Workers that were given no more requests of a model for a while because they failed.
@@ -143,6 +172,12 @@ pub struct Metrics {
     pub store_left_out: Counter,
     /// Tasks that panicked; each is a bug.
     pub panics: Counter,
+}
+
+fn register_times(registry: &mut Registry, name: &str, help: &str) -> Times {
+    let metric = Times::new_with_constructor(times);
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 impl Default for Metrics {
@@ -208,6 +243,21 @@ impl Default for Metrics {
             hedges: register!(
                 "hedges",
                 "Inferences given to a second worker while the first did not answer"
+            ),
+            slot_wait: register_times(
+                &mut registry,
+                "inference_slot_wait_seconds",
+                "Time that inferences waited for a slot",
+            ),
+            overhead: register_times(
+                &mut registry,
+                "inference_overhead_seconds",
+                "Time of answers less what the worker queued and computed",
+            ),
+            first_answer: register_times(
+                &mut registry,
+                "inference_first_answer_seconds",
+                "Time from request to the first frame of the answer",
             ),
             waiting_inferences: register!(
                 "waiting_inferences",
@@ -297,6 +347,11 @@ impl Metrics {
                 outcome: code.as_str(),
             })
             .inc();
+    }
+
+    /// Counts how a hedge ended.
+    pub fn hedge_ended(&self, outcome: &'static str) {
+        self.hedges.get_or_create(&HedgeOutcome { outcome }).inc();
     }
 
     /// Counts an inference's end.

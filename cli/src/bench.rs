@@ -45,10 +45,10 @@ enum Command {
 Example:
   selvedge bench rpc --quick
 
-A client of this broker's library calls a service that another serves; with nats-server it is request
-and reply of the async-nats library. 256 bytes each way, over mutual TLS on the same certificates, one
-call at a time and 64 at a time. Both clients are in one process, the server in another, and systems
-take turns.
+A client of this broker's library calls a service that another serves; with nats-server it is
+request and reply of the async-nats library. 256 bytes each way, over mutual TLS on the same
+certificates, one call at a time and 64 at a time. Both clients are in one process, the server in
+another, and systems take turns.
 
 Without --quick, JSON and tables are written to the folder of --out. Needs Linux.")]
 struct Rpc {

@@ -82,6 +82,10 @@ pub(super) async fn race(
                 };
                 match came {
                     Ok((worker, answer, rest)) => {
+                        if why.is_some() {
+                            let outcome = if place == 1 { "won" } else { "lost" };
+                            caller.fabric.metrics.hedge_ended(outcome);
+                        }
                         let hedged = (why.filter(|_| place == 1)).map(|why| reason(&first, why));
                         if let Some(loser) = slots[0].take()
                             && (why == Some(Why::Silent) || loser.is_overdue())
@@ -92,6 +96,9 @@ pub(super) async fn race(
                         return Ok(Raced::Answered { slot, worker, answer, rest, hedged });
                     }
                     Err(unanswered) if contenders.is_empty() => {
+                        if why.is_some() {
+                            caller.fabric.metrics.hedge_ended("none");
+                        }
                         return Ok(Raced::Unanswered(slot, unanswered));
                     }
                     // The other is still at it.
@@ -99,6 +106,9 @@ pub(super) async fn race(
                 }
             }
             () = &mut deadline => {
+                if why.is_some() {
+                    caller.fabric.metrics.hedge_ended("none");
+                }
                 for slot in slots.into_iter().flatten().filter(Slot::is_overdue) {
                     blame(caller, slot);
                 }
@@ -115,7 +125,6 @@ pub(super) async fn race(
                     && let Some(slot) = second(caller, request, &first).await
                 {
                     why = Some(due);
-                    caller.fabric.metrics.hedges.inc();
                     let worker = Arc::clone(&slot.worker);
                     slots[1] = Some(slot);
                     contenders.push(contend(caller, request, payload, 1, worker));

@@ -411,7 +411,12 @@ async fn a_cloud_that_falls_silent_is_hedged_with_the_edge() {
         "{}",
         answer.reason
     );
-    assert_eq!(broker.metric("selvedge_hedges_total", &[]).await, 1);
+    assert_eq!(
+        broker
+            .metric("selvedge_hedges_total", &[("outcome", "won")])
+            .await,
+        1
+    );
 }
 
 #[tokio::test]
@@ -467,7 +472,12 @@ async fn a_late_worker_is_hedged_and_told_to_stop_unless_the_request_counts_once
         (&bound.payload[..], bound.answer.hedged),
         (&b"edge"[..], false)
     );
-    assert_eq!(broker.metric("selvedge_hedges_total", &[]).await, 1);
+    assert_eq!(
+        broker
+            .metric("selvedge_hedges_total", &[("outcome", "won")])
+            .await,
+        1
+    );
 }
 
 #[tokio::test]
