@@ -19,6 +19,7 @@ use crate::calls::{Caller, end_with, interruption, left_ms};
 use crate::clock;
 use crate::metrics::TierLabel;
 use crate::models::{Excluded, Patience, Slot, WorkerModel};
+use crate::placement::affinity::{MAX_ROUTING_KEY, fingerprint};
 use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
 use crate::quic::{FrameReader, ReadFrameError};
@@ -43,6 +44,7 @@ struct Checked {
     residency: Residency,
     preference: Preference,
     class: Class,
+    affinity: Option<u64>,
     due: Instant,
     begun: Instant,
     header: wire::InferHeader,
@@ -672,6 +674,14 @@ fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> 
             "minimum confidence {least}: expected 0 to 1"
         )));
     }
+    let key = &header.routing_key;
+    if key.len() > MAX_ROUTING_KEY {
+        return Err(invalid(format!(
+            "a routing key of {} bytes: expected up to {MAX_ROUTING_KEY}",
+            key.len()
+        )));
+    }
+    let affinity = (!key.is_empty()).then(|| fingerprint(key));
     // Named here when the requester gave no name, so that an escalation keeps it.
     let header = match header.request_id.as_str() {
         "" => wire::InferHeader {
@@ -695,6 +705,7 @@ fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> 
                 ))
             })?
             .into(),
+        affinity,
         due: caller.due(header.deadline_ms, begun),
         begun,
         header,
@@ -721,6 +732,7 @@ async fn place(
             request.preference
         },
         tier,
+        affinity: request.affinity,
         payload_bytes: request.header.payload_bytes,
         deadline: Duration::ZERO,
     };

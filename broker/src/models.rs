@@ -69,6 +69,7 @@ impl Model {
 struct Waiter {
     wish: Wish,
     due: Instant,
+    affinity: Option<u64>,
     payload_bytes: u64,
     preference: Preference,
     reply: oneshot::Sender<Result<Slot, Refusal>>,
@@ -475,6 +476,7 @@ impl Registry {
                 exclude: exclude.to_vec(),
             },
             due,
+            affinity: request.affinity,
             payload_bytes: request.payload_bytes,
             preference: request.preference,
             reply,
@@ -569,6 +571,7 @@ impl Waiter {
             residency: self.wish.residency,
             preference: self.preference,
             tier: self.wish.tier,
+            affinity: self.affinity,
             payload_bytes: self.payload_bytes,
             deadline: self.due.saturating_duration_since(now),
         }

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use selvedge_proto::inference::{Preference, Residency, Tier};
 
+use self::affinity::Member;
 use self::health::Standing;
 
+pub mod affinity;
 pub mod budget;
 pub mod health;
 pub mod hedge;
@@ -27,6 +29,8 @@ pub struct Request<'a> {
     pub preference: Preference,
     /// Only this tier, for an escalation.
     pub tier: Option<Tier>,
+    /// The fingerprint of its routing key, if it has one.
+    pub affinity: Option<u64>,
     /// Size of the payload, if known; else zero.
     pub payload_bytes: u64,
     /// Time left.
@@ -38,6 +42,8 @@ pub struct Request<'a> {
 pub struct Candidate<'a> {
     /// Site in the worker's certificate.
     pub site: &'a str,
+    /// The fingerprint of the worker's identity.
+    pub fingerprint: u64,
     /// Version it runs.
     pub version: &'a str,
     /// Its tier.
@@ -89,8 +95,8 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Chooses the better of two random candidates by expected completion, from those that may answer
-/// and are favoured. `pick(n)` returns a random number below `n`.
+/// Chooses from those that may answer and are favoured: by routing key if the request has one, else the
+/// better of two random candidates by expected completion. `pick(n)` returns a random number below `n`.
 ///
 /// # Errors
 /// Nobody may answer, everybody is full, or nobody can be in time.
@@ -178,15 +184,22 @@ pub fn place(
         let key = |i: usize| (!candidates[i].loaded, expected(&candidates[i]));
         if key(b) < key(a) { b } else { a }
     };
-    let index = match pool.len() {
-        1 => pool[0],
-        count => {
+    let home = request
+        .affinity
+        .and_then(|key| at_home(key, &pool, candidates));
+    let index = match (pool.len(), home) {
+        (1, _) => pool[0],
+        (_, Some(home)) => home,
+        (count, None) => {
             let first = pick(count);
             let second = (first + 1 + pick(count - 1)) % count;
             better(pool[first], pool[second])
         }
     };
     let mut reason = format!("{why}, {} of {} workers free", free.len(), allowed.len());
+    if home == Some(index) {
+        reason.push_str(", by routing key");
+    }
     match candidates[index].standing {
         Standing::Well => {}
         Standing::Probe => reason.push_str(", probing one that failed"),
@@ -197,6 +210,21 @@ pub fn place(
         estimate: expected(&candidates[index]),
         reason,
     })
+}
+
+/// The one of `pool` that a routing key's requests go to. One that has the model loaded, if there is one.
+fn at_home(key: u64, pool: &[usize], candidates: &[Candidate<'_>]) -> Option<usize> {
+    let any_loaded = pool.iter().any(|&i| candidates[i].loaded);
+    let pool: Vec<usize> = (pool.iter().copied())
+        .filter(|&i| candidates[i].loaded || !any_loaded)
+        .collect();
+    let members: Vec<Member> = (pool.iter())
+        .map(|&i| Member {
+            fingerprint: candidates[i].fingerprint,
+            outstanding: candidates[i].outstanding,
+        })
+        .collect();
+    affinity::choose(key, &members).map(|place| pool[place])
 }
 
 /// Time until one of these is expected to have a slot free, when all work at their usual pace: at least a

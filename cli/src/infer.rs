@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// Ask a cloud worker when an edge worker is less confident than this, 0 to 1.
     #[arg(long, value_name = "LEAST", value_parser = confidence)]
     min_confidence: Option<f32>,
+    /// Requests with the same key go to the same worker while it has room.
+    #[arg(long, value_name = "KEY")]
+    routing_key: Option<String>,
     /// The request may be made again when its worker is lost.
     #[arg(long)]
     idempotent: bool,
@@ -93,6 +96,9 @@ fn request(args: &Args) -> anyhow::Result<Infer> {
         .idempotent(args.idempotent);
     if let Some(version) = &args.model_version {
         request = request.version(version);
+    }
+    if let Some(key) = &args.routing_key {
+        request = request.routing_key(key);
     }
     if let Some(confidence) = args.min_confidence {
         request = request.min_confidence(confidence);

@@ -32,6 +32,7 @@ pub struct Infer {
     pub(crate) request_id: String,
     pub(crate) traceparent: String,
     pub(crate) class: Class,
+    pub(crate) routing_key: String,
 }
 
 impl Infer {
@@ -51,6 +52,7 @@ impl Infer {
             request_id: String::new(),
             traceparent: String::new(),
             class: Class::Normal,
+            routing_key: String::new(),
         }
     }
 
@@ -94,6 +96,14 @@ impl Infer {
     #[must_use]
     pub fn residency(mut self, residency: Residency) -> Self {
         self.residency = residency;
+        self
+    }
+
+    /// Requests with the same key, of up to 128 bytes, go to the same worker while it has room, for what it keeps
+    /// from one to the next. Default: any worker.
+    #[must_use]
+    pub fn routing_key(mut self, key: impl Into<String>) -> Self {
+        self.routing_key = key.into();
         self
     }
 
@@ -325,6 +335,7 @@ impl Infer {
             caller: String::new(),
             registration: 0,
             class: wire::Class::from(self.class).into(),
+            routing_key: self.routing_key.clone(),
         }
     }
 }

@@ -123,6 +123,8 @@ pub struct Bounds {
     pub traceparent: String,
     /// Who goes first of those who wait.
     pub class: Class,
+    /// Requests with the same one go to the same worker; empty for any.
+    pub routing_key: String,
     /// Parameters for the model.
     pub parameters: Vec<(String, String)>,
 }
@@ -137,6 +139,7 @@ impl Default for Bounds {
             idempotent: false,
             traceparent: String::new(),
             class: Class::Normal,
+            routing_key: String::new(),
             parameters: Vec::new(),
         }
     }
@@ -167,7 +170,13 @@ impl Bounds {
                 .to_str()
                 .map_err(|_| Invalid(format!("{name}: expected printable ASCII")))?;
             match (ours, name) {
-                (Some(key @ ("residency" | "prefer" | "min-confidence" | "idempotent")), _) => {
+                (
+                    Some(
+                        key @ ("residency" | "prefer" | "min-confidence" | "idempotent"
+                        | "routing-key"),
+                    ),
+                    _,
+                ) => {
                     bounds.set(
                         &key.replace('-', "_"),
                         name,
@@ -186,7 +195,7 @@ impl Bounds {
                 (Some(_), _) => {
                     return Err(Invalid(format!(
                         "{name} is not known: expected one of {PREFIX}deadline-ms, residency, \
-                         prefer, min-confidence, idempotent and priority"
+                         prefer, min-confidence, idempotent, routing-key and priority"
                     )));
                 }
                 (None, "grpc-timeout") => {
@@ -220,7 +229,8 @@ impl Bounds {
     pub fn take(&mut self, parameters: Vec<(String, Parameter)>) -> Result<(), Invalid> {
         for (name, value) in parameters {
             match name.as_str() {
-                "residency" | "prefer" | "min_confidence" | "idempotent" | "priority" => {
+                "residency" | "prefer" | "min_confidence" | "idempotent" | "priority"
+                | "routing_key" => {
                     self.set(&name, &format!("parameter {name:?}"), &value)?;
                 }
                 "deadline_ms" | "timeout" => {
@@ -265,6 +275,7 @@ impl Bounds {
                 self.min_confidence =
                     Some(self.min_confidence.map_or(least, |held| held.max(least)));
             }
+            "routing_key" => self.routing_key = text,
             "idempotent" => {
                 self.idempotent = match text.as_str() {
                     "true" | "1" => true,
@@ -321,6 +332,7 @@ impl Bounds {
             caller: String::new(),
             registration: 0,
             class: wire::Class::from(self.class).into(),
+            routing_key: self.routing_key,
         }
     }
 }

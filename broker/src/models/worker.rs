@@ -12,6 +12,7 @@ use selvedge_proto::topic::TopicName;
 
 use super::Registry;
 use crate::clock;
+use crate::placement::affinity::fingerprint;
 use crate::placement::health::{Health, Standing};
 use crate::placement::{Candidate, Choice};
 use crate::services::Load;
@@ -40,6 +41,7 @@ pub struct WorkerModel {
     pub(super) slots: AtomicU32,
     pub(super) loaded: AtomicBool,
     pub(super) gone: AtomicBool,
+    fingerprint: u64,
     load: Load,
     statistics: Statistics,
     health: Mutex<Health>,
@@ -63,6 +65,7 @@ impl WorkerModel {
         outputs: Vec<TensorSpec>,
     ) -> Self {
         Self {
+            fingerprint: fingerprint(identity.uri()),
             identity,
             registration,
             connection,
@@ -106,6 +109,7 @@ impl WorkerModel {
 
     pub(super) fn candidate(&self, payload_bytes: u64, now: Instant) -> Candidate<'_> {
         Candidate {
+            fingerprint: self.fingerprint,
             site: self.identity.site(),
             version: &self.version,
             tier: self.tier,

@@ -7,6 +7,7 @@ const MS: Duration = Duration::from_millis(1);
 fn worker(tier: Tier, site: &'static str) -> Candidate<'static> {
     Candidate {
         site,
+        fingerprint: 0,
         version: "1",
         tier,
         slots: 2,
@@ -26,6 +27,7 @@ fn request() -> Request<'static> {
         residency: Residency::Tenant,
         preference: Preference::Fastest,
         tier: None,
+        affinity: None,
         payload_bytes: 0,
         deadline: Duration::from_secs(1),
     }
@@ -110,6 +112,7 @@ fn candidates() -> impl Strategy<Value = Vec<Candidate<'static>>> {
             |(site, edge, slots, outstanding, service, rtt, (transfer, standing, loaded))| {
                 Candidate {
                     site: ["plant-1", "plant-2", "cloud-1"][site],
+                    fingerprint: site as u64,
                     version: if edge { "1" } else { "2" },
                     tier: if edge { Tier::Edge } else { Tier::Cloud },
                     slots,
@@ -205,4 +208,36 @@ fn a_large_payload_goes_where_the_way_is_wide() {
         ..worker(Tier::Edge, "plant-1")
     };
     assert_eq!(place(&request(), &[narrow, slow], first).unwrap().index, 1);
+}
+
+#[test]
+fn a_routing_key_stays_with_its_worker_while_that_has_room() {
+    let workers: Vec<Candidate<'_>> = (0..4)
+        .map(|fingerprint| Candidate {
+            fingerprint,
+            slots: 8,
+            ..worker(Tier::Edge, "plant-1")
+        })
+        .collect();
+    let keyed = Request {
+        affinity: Some(7),
+        ..request()
+    };
+    let home = place(&keyed, &workers, first).unwrap();
+    assert!(home.reason.ends_with("by routing key"), "{}", home.reason);
+    // Whoever is slower or has a little to do is still home.
+    let mut busy = workers.clone();
+    busy[home.index].service_time = MS * 100;
+    assert_eq!(place(&keyed, &busy, first).unwrap().index, home.index);
+    // One with much more than the others is not, nor is one that nobody trusts, or that has not loaded.
+    let changes: [fn(&mut Candidate<'_>); 3] = [
+        |home| home.outstanding = 4,
+        |home| home.standing = Standing::Ejected,
+        |home| home.loaded = false,
+    ];
+    for change in changes {
+        let mut changed = workers.clone();
+        change(&mut changed[home.index]);
+        assert_ne!(place(&keyed, &changed, first).unwrap().index, home.index);
+    }
 }

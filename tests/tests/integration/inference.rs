@@ -9,7 +9,7 @@ use selvedge_client::{
     Preference, Residency, Tier, WorkerHandle,
 };
 use selvedge_tests::broker::OPEN;
-use selvedge_tests::wait::within;
+use selvedge_tests::wait::{eventually, within};
 use selvedge_tests::{TestBroker, UdpLink};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -478,6 +478,47 @@ async fn a_late_worker_is_hedged_and_told_to_stop_unless_the_request_counts_once
             .await,
         1
     );
+}
+
+#[tokio::test]
+async fn a_routing_key_brings_requests_to_the_same_worker_until_it_is_gone() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("camera-3").await;
+    let mut workers = Vec::new();
+    for name in ["edge-1", "edge-2", "edge-3"] {
+        let client = broker.client(name).await;
+        let task = answering(&client, Tier::Edge, 0.9, name).await;
+        workers.push((name, client, task));
+    }
+    let ask = async |key: &str| {
+        let request = Infer::new("digits").payload("image").routing_key(key);
+        camera.infer(request).await.unwrap().payload
+    };
+    let home = ask("chat-7").await;
+    for _ in 0..20 {
+        assert_eq!(ask("chat-7").await, home);
+    }
+    // Keys are spread over the workers.
+    let mut homes = std::collections::HashSet::new();
+    for key in 0..40 {
+        homes.insert(ask(&format!("chat-{key}")).await);
+    }
+    assert_eq!(homes.len(), 3, "{homes:?}");
+    let place = workers.iter().position(|(name, ..)| home == *name).unwrap();
+    let (_, gone, _task) = workers.remove(place);
+    gone.close().await;
+    let other = eventually("another worker", || async {
+        let request = Infer::new("digits").payload("x").routing_key("chat-7");
+        let answer = camera.infer(request).await.ok()?;
+        (answer.payload != home).then_some(answer.payload)
+    })
+    .await;
+    assert_eq!(ask("chat-7").await, other);
+
+    let long = Infer::new("digits").routing_key("k".repeat(129));
+    let error = camera.infer(long).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.to_string().contains("up to 128"), "{error}");
 }
 
 #[tokio::test]
