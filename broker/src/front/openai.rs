@@ -24,6 +24,7 @@ use super::request::{Bounds, Invalid, Parameter, explained_headers};
 use super::rest::invalid;
 use super::visitor::Visitor;
 use crate::calls::Caller;
+use crate::placement::affinity::MAX_ROUTING_KEY;
 
 #[cfg(test)]
 mod tests;
@@ -42,6 +43,9 @@ pub(crate) struct Head {
     /// Events, rather than one answer.
     #[serde(default)]
     stream: Option<bool>,
+    /// Requests with the same one share a prompt that a worker may have kept.
+    #[serde(default)]
+    prompt_cache_key: Option<String>,
 }
 
 impl Head {
@@ -52,6 +56,13 @@ impl Head {
     pub(crate) fn read(body: &[u8]) -> Result<Self, Invalid> {
         serde_json::from_slice(body)
             .map_err(|error| Invalid(format!("the body is no request of the OpenAI API: {error}")))
+    }
+
+    /// The routing key that comes of the prompt's; empty when there is none, or one that is too long.
+    fn affinity(&self) -> String {
+        let key = self.prompt_cache_key.clone();
+        key.filter(|key| key.len() <= MAX_ROUTING_KEY)
+            .unwrap_or_default()
     }
 
     /// Whether events are wanted, rather than one answer.
@@ -156,6 +167,9 @@ async fn operate(
     bounds
         .take(vec![(OPERATION.to_owned(), operation)])
         .map_err(invalid)?;
+    if bounds.routing_key.is_empty() {
+        bounds.routing_key = head.affinity();
+    }
     let header = bounds.header(&head.model, "", "", body.len());
     let mut answer = ask(caller, header, body)?.answer().await?;
     let id = HeaderValue::from_str(&answer.info.request_id);

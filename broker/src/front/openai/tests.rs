@@ -18,6 +18,17 @@ fn only_model_and_stream_are_read() {
             .is_stream()
     );
     assert!(!Head::read(br#"{"model":"m"}"#).unwrap().is_stream());
+    let key = |body: &str| Head::read(body.as_bytes()).unwrap().affinity();
+    assert_eq!(
+        key(r#"{"model":"m","prompt_cache_key":"chat-7"}"#),
+        "chat-7"
+    );
+    let long = "k".repeat(MAX_ROUTING_KEY + 1);
+    assert_eq!(
+        key(&format!(r#"{{"model":"m","prompt_cache_key":"{long}"}}"#)),
+        ""
+    );
+    assert_eq!(key(r#"{"model":"m"}"#), "");
     for (body, expected) in [
         (&b"{}"[..], "missing field `model`"),
         (b"{\"model\":1}", "invalid type"),
