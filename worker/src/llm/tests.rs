@@ -491,6 +491,25 @@ async fn packed_weights_answer_and_unpacked_ones_go_on_as_they_would_have() {
     assert_eq!(whole(&unpacked, going_on).await.0, text[10..]);
 }
 
+#[test]
+fn weights_that_multiply_wrongly_as_they_are_have_to_be_unpacked() {
+    let mut tiny = Tiny::new();
+    for (_, tensor) in &mut tiny.tensors {
+        let unpacked = tensor.dequantize(&Device::Cpu).unwrap();
+        if unpacked.rank() == 2 {
+            *tensor = QTensor::quantize(&unpacked, GgmlDType::Q4_1).unwrap();
+        }
+    }
+    let (_directory, path) = tiny.write();
+    let error = load(&path).map(drop).unwrap_err().to_string();
+    assert!(error.contains("set unpack = true"), "{error}");
+    let config = LlmConfig {
+        unpack: true,
+        ..config(&path)
+    };
+    Llm::load(&config, SLOTS, DEFAULT_LOAD_DEADLINE).unwrap();
+}
+
 /// The parts of an answer to one question, and to one that was `begun`.
 async fn parts(llm: &Arc<Llm>, question: &str, begun: Option<&str>) -> Vec<String> {
     let mut messages = vec![json!({"role": "user", "content": question})];

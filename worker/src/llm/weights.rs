@@ -71,6 +71,15 @@ impl Weights {
                 ));
             }
         }
+        let unreliable = |kind: GgmlDType| matches!(kind, GgmlDType::Q4_1 | GgmlDType::Q5_1);
+        let mut tensors = content.tensor_infos.values();
+        if !unpack && tensors.any(|info| unreliable(info.ggml_dtype)) {
+            return Err(
+                "expected weights that can be used as they are packed, found some of Q4_1 or Q5_1, which give \
+                 wrong answers: set unpack = true, or take a file of Q4_0, Q8_0 or Q4_K"
+                    .to_owned(),
+            );
+        }
         let model = if unpack {
             unpacked(content, file)
         } else {
