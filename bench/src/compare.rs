@@ -25,13 +25,13 @@ use self::system::{Running, System};
 mod chart;
 mod job;
 pub mod load;
-mod machine;
-mod pki;
+pub(crate) mod machine;
+pub(crate) mod pki;
 pub mod process;
 pub mod relay;
 mod report;
 mod shape;
-mod system;
+pub(crate) mod system;
 mod table;
 
 /// Time for a quick run.

@@ -4,5 +4,7 @@
 pub mod compare;
 #[cfg(feature = "store")]
 pub mod engine;
+#[cfg(target_os = "linux")]
+pub mod infer;
 #[cfg(feature = "store")]
 pub mod workload;

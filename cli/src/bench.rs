@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use selvedge_bench::compare::{self, Job, Options, Subject, load, process, relay};
+use selvedge_bench::infer;
 
 use crate::output;
 use crate::signals::Signals;
@@ -29,6 +30,8 @@ enum Command {
     Compare(Compare),
     /// Measure calls: this broker and nats-server in turns.
     Rpc(Rpc),
+    /// Measure inference: what routing adds, large bodies, cancellation, bursts, loss, residency.
+    Infer(Infer),
     /// Be the clients of one measurement: read it from standard input, write the result.
     #[command(hide = true, after_help = "Example: run by `selvedge bench compare`")]
     Load,
@@ -73,6 +76,37 @@ struct Rpc {
     /// Time that is measured in each turn.
     #[arg(long, hide = true, value_name = "SECONDS")]
     seconds: Option<f64>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  selvedge bench infer --quick
+
+The broker is a process of its own, over mutual TLS; those who ask and those who work are in this
+one, so that the moments at both ends are told by one clock.
+
+  added      1,000 requests a second through the broker, and straight to the worker, in turns
+  bodies     150 chats at once of 22 KB, 220 KB and 2.2 MB: first byte, and the broker's memory
+  cancel     from the requester giving up to the worker hearing of it
+  burst      10,000 requests at once for 16 slots
+  loss       the cloud is lost or silent: the time until the edge has answered
+  residency  bytes of requests for their site that the cloud sees
+
+Without --quick, JSON and a table are written to the folder of --out. Needs Linux.")]
+struct Infer {
+    /// A tenth of the requests; writes no files.
+    #[arg(long)]
+    quick: bool,
+    /// Write one JSON object to standard output instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// What to measure, separated by commas. Default: all.
+    #[arg(long, value_delimiter = ',', value_name = "SHAPES")]
+    shapes: Vec<String>,
+    /// Folder for results.
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -169,6 +203,7 @@ impl Args {
         match &self.command {
             Command::Compare(args) => args.json,
             Command::Rpc(args) => args.json,
+            Command::Infer(args) => args.json,
             _ => false,
         }
     }
@@ -179,6 +214,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Compare(args) => crate::block_on(run_compare(args)),
         Command::Rpc(args) => crate::block_on(run_rpc(args)),
+        Command::Infer(args) => crate::block_on(run_infer(args)),
         Command::Load => crate::block_on(run_load()),
         Command::Relay(args) => crate::block_on(run_relay(args)),
         Command::Guard(args) => {
@@ -215,6 +251,39 @@ async fn run_rpc(args: Rpc) -> anyhow::Result<ExitCode> {
         ..Options::default()
     };
     measure(&options, &args.out, args.json).await
+}
+
+async fn run_infer(args: Infer) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::listen()?;
+    let program = std::env::current_exe().context("find this program")?;
+    if cfg!(debug_assertions) {
+        output::note("this is not an optimised build: its figures mean nothing");
+    }
+    let options = infer::Options {
+        quick: args.quick,
+        shapes: args.shapes,
+    };
+    let progress = |line: &str| output::note(line);
+    let report = tokio::select! {
+        report = infer::run(&options, &program, &progress) => report?,
+        // The broker ends, and its folder goes, as the run is dropped.
+        () = signals.next() => return Ok(ExitCode::from(STOPPED)),
+    };
+    if !args.quick {
+        for file in report.save(&args.out)? {
+            output::note(format_args!("wrote {}", file.display()));
+        }
+    }
+    if args.json {
+        output::line(serde_json::to_string(&report)?)?;
+    } else {
+        output::line(report.table())?;
+    }
+    Ok(if report.failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 async fn measure(options: &Options, out: &Path, json: bool) -> anyhow::Result<ExitCode> {

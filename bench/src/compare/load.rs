@@ -1,11 +1,13 @@
 //! The load process: all clients of one measurement, so that the server's CPU time is its own.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use hdrhistogram::Histogram;
+use selvedge_certs::{Authority, TrustAnchors};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +41,16 @@ const REST: Duration = Duration::from_secs(10);
 /// Messages of this size that one write takes.
 fn per_write(frame: usize) -> usize {
     (WRITE / frame).max(1)
+}
+
+/// The configuration of a QUIC client with a certificate of its own, as the load processes have it.
+///
+/// # Errors
+/// There is no authority in the folder.
+pub(crate) fn client_config(pki: &Path, name: &str) -> anyhow::Result<quinn::ClientConfig> {
+    let authority = Authority::load(pki).context("load the authority")?;
+    let trust = TrustAnchors::from_pem(authority.ca_pem().as_bytes())?;
+    client::quic_config(&authority, &trust, name)
 }
 
 /// Does what a job says.

@@ -29,7 +29,7 @@ pub struct Machine {
 }
 
 /// Looks at the machine; `store` is where stores will be.
-pub(super) fn describe(store: &Path) -> Machine {
+pub(crate) fn describe(store: &Path) -> Machine {
     let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let number = |path: &str| text(path).trim().parse().unwrap_or_default();
     let cpu = text("/proc/cpuinfo");

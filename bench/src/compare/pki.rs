@@ -6,28 +6,28 @@ use anyhow::Context as _;
 use selvedge_certs::{Authority, IssueRequest, Overwrite};
 
 /// The name that clients expect of a server.
-pub(super) const SERVER_NAME: &str = "localhost";
+pub(crate) const SERVER_NAME: &str = "localhost";
 /// The tenant of everyone.
-pub(super) const TENANT: &str = "bench";
+pub(crate) const TENANT: &str = "bench";
 /// The site of the clients.
-pub(super) const CLIENT_SITE: &str = "load";
+pub(crate) const CLIENT_SITE: &str = "load";
 
 /// Where the certificates are.
 #[derive(Debug, Clone)]
-pub(super) struct Pki {
+pub(crate) struct Pki {
     /// Folder of the authority.
-    pub(super) folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// The authority's certificate.
-    pub(super) ca: PathBuf,
+    pub(crate) ca: PathBuf,
     /// The servers' certificate.
-    pub(super) cert: PathBuf,
+    pub(crate) cert: PathBuf,
     /// Its key.
-    pub(super) key: PathBuf,
+    pub(crate) key: PathBuf,
 }
 
 impl Pki {
     /// Makes an authority and the servers' certificate.
-    pub(super) fn make(folder: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn make(folder: &Path) -> anyhow::Result<Self> {
         let authority =
             Authority::init(folder, "bench.example", Overwrite::No).context("make an authority")?;
         let request = IssueRequest::server(TENANT, "servers", "server")

@@ -37,11 +37,23 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
 /// # Errors
 /// There is no such process.
 pub fn memory_kib(process: u32) -> anyhow::Result<u64> {
+    status_kib(process, "VmRSS:")
+}
+
+/// The most resident memory that a process has had, in KiB.
+///
+/// # Errors
+/// There is no such process.
+pub fn peak_kib(process: u32) -> anyhow::Result<u64> {
+    status_kib(process, "VmHWM:")
+}
+
+fn status_kib(process: u32, name: &str) -> anyhow::Result<u64> {
     let path = format!("/proc/{process}/status");
     let status = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok())
-        .with_context(|| format!("{path} has no VmRSS"))
+        .with_context(|| format!("{path} has no {name}"))
 }
 
 /// Waits until a process uses next to no CPU time, or this long.
@@ -173,6 +185,7 @@ mod tests {
     fn this_process_has_memory_and_used_time() {
         let us = std::process::id();
         assert!(memory_kib(us).unwrap() > 100);
+        assert!(peak_kib(us).unwrap() > 100);
         assert!(cpu_time(us).is_ok());
         assert!(cpu_time(u32::MAX).is_err());
     }

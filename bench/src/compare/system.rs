@@ -1,5 +1,6 @@
 //! The systems that are compared: how each is started, on the same certificates.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -159,16 +160,18 @@ pub struct About {
 
 /// A system that runs.
 #[derive(Debug)]
-pub(super) struct Running {
-    pub(super) address: SocketAddr,
+pub(crate) struct Running {
+    pub(crate) address: SocketAddr,
     /// Where it speaks MQTT besides.
-    pub(super) mqtt: Option<SocketAddr>,
+    pub(crate) mqtt: Option<SocketAddr>,
+    /// Where its front door is.
+    pub(crate) https: Option<SocketAddr>,
     process: Server,
 }
 
 impl Running {
     /// Number of the process.
-    pub(super) fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.process.id()
     }
 }
@@ -348,36 +351,43 @@ impl System {
 }
 
 /// Starts a process of this binary that prints where it listens and then `ready`.
-async fn start_ours(program: &Path, command: &[String], log: &Path) -> anyhow::Result<Running> {
+///
+/// # Errors
+/// It ends, or is not ready in time.
+pub(crate) async fn start_ours(
+    program: &Path,
+    command: &[String],
+    log: &Path,
+) -> anyhow::Result<Running> {
     let mut process = Server::start(process::guarded(program, command), log, true)?;
     let output = process.output().context("it has no output")?;
     let reading = tokio::task::spawn_blocking(move || {
-        let (mut address, mut mqtt) = (None, None);
+        let mut addresses = HashMap::new();
         let mut output = BufReader::new(output);
         let mut line = String::new();
         while output.read_line(&mut line)? > 0 {
-            if let Some(value) = line.trim_end().strip_prefix("quic=") {
-                address = Some(value.parse()?);
-            }
-            if let Some(value) = line.trim_end().strip_prefix("mqtts=") {
-                mqtt = Some(value.parse()?);
-            }
             if line.trim_end() == "ready" {
                 // The end of the pipe stays open, or what is printed later would end the process.
-                let address = address.context("it did not say where it listens")?;
-                return Ok((address, mqtt, output));
+                return Ok((addresses, output));
+            }
+            if let Some((name, value)) = line.trim_end().split_once('=')
+                && let Ok(address) = value.parse::<SocketAddr>()
+            {
+                addresses.insert(name.to_owned(), address);
             }
             line.clear();
         }
         bail!("it ended")
     });
-    let (address, mqtt, output) = tokio::time::timeout(START, reading)
+    let (addresses, output) = tokio::time::timeout(START, reading)
         .await
         .context("it was not ready in time")???;
     drain(output);
+    let named = |name: &str| addresses.get(name).copied();
     Ok(Running {
-        address,
-        mqtt,
+        address: named("quic").context("it did not say where it listens")?,
+        mqtt: named("mqtts"),
+        https: named("https"),
         process,
     })
 }
@@ -424,6 +434,7 @@ impl Peer {
         Ok(Running {
             address,
             mqtt: None,
+            https: None,
             process,
         })
     }
@@ -444,7 +455,7 @@ impl Peer {
 
 impl Pki {
     /// Puts paths and port in their places.
-    fn fill(&self, text: &str, dir: &Path, port: u16) -> String {
+    pub(crate) fn fill(&self, text: &str, dir: &Path, port: u16) -> String {
         let path = |path: &Path| path.display().to_string();
         text.replace("{dir}", &path(dir))
             .replace("{ca}", &path(&self.ca))

@@ -169,16 +169,13 @@ impl Clients {
     /// Makes a certificate and the configuration with it.
     pub(super) fn prepare(&self, name: &str) -> anyhow::Result<Prepared> {
         let name = format!("{}-{name}", self.run);
-        let request = IssueRequest::client(TENANT, CLIENT_SITE, &name);
-        let credentials = self.authority.issue(&request)?.credentials();
         let tls = match self.protocol {
             Protocol::Selvedge | Protocol::Relay => {
-                let crypto = quic_client_config(credentials, &self.trust, &[ALPN])?;
-                let mut config = ClientConfig::new(Arc::new(crypto));
-                config.transport_config(Arc::new(transport()));
-                Configured::Quic(config)
+                Configured::Quic(quic_config(&self.authority, &self.trust, &name)?)
             }
             Protocol::Nats | Protocol::Mqtt => {
+                let request = IssueRequest::client(TENANT, CLIENT_SITE, &name);
+                let credentials = self.authority.issue(&request)?.credentials();
                 let any = ServerIdentity::Any;
                 Configured::Tcp(tcp_client_config(
                     Some(&credentials),
@@ -361,6 +358,20 @@ fn endpoint() -> io::Result<Endpoint> {
         .max_udp_payload_size(MAX_UDP_PAYLOAD)
         .map_err(io::Error::other)?;
     Endpoint::new(config, None, socket.into(), runtime)
+}
+
+/// The configuration of a QUIC client with a certificate of its own.
+pub(super) fn quic_config(
+    authority: &Authority,
+    trust: &TrustAnchors,
+    name: &str,
+) -> anyhow::Result<ClientConfig> {
+    let request = IssueRequest::client(TENANT, CLIENT_SITE, name);
+    let credentials = authority.issue(&request)?.credentials();
+    let crypto = quic_client_config(credentials, trust, &[ALPN])?;
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(Arc::new(transport()));
+    Ok(config)
 }
 
 async fn tls(stream: TcpStream, tls: Configured) -> anyhow::Result<Tls> {
