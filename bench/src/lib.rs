@@ -6,5 +6,6 @@ pub mod compare;
 pub mod engine;
 #[cfg(target_os = "linux")]
 pub mod infer;
+pub mod placement;
 #[cfg(feature = "store")]
 pub mod workload;

@@ -11,6 +11,8 @@ use selvedge_bench::infer;
 use crate::output;
 use crate::signals::Signals;
 
+mod placement;
+
 /// What a run that was stopped by a signal exits with.
 const STOPPED: u8 = 130;
 
@@ -30,6 +32,8 @@ enum Command {
     Compare(Compare),
     /// Measure calls: this broker and nats-server in turns.
     Rpc(Rpc),
+    /// Compare ways of choosing a worker in a simulation.
+    Placement(placement::Args),
     /// Measure inference: what routing adds, large bodies, cancellation, bursts, loss, residency.
     Infer(Infer),
     /// Be the clients of one measurement: read it from standard input, write the result.
@@ -204,6 +208,7 @@ impl Args {
             Command::Compare(args) => args.json,
             Command::Rpc(args) => args.json,
             Command::Infer(args) => args.json,
+            Command::Placement(args) => args.json,
             _ => false,
         }
     }
@@ -215,6 +220,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Compare(args) => crate::block_on(run_compare(args)),
         Command::Rpc(args) => crate::block_on(run_rpc(args)),
         Command::Infer(args) => crate::block_on(run_infer(args)),
+        Command::Placement(args) => placement::run(&args),
         Command::Load => crate::block_on(run_load()),
         Command::Relay(args) => crate::block_on(run_relay(args)),
         Command::Guard(args) => {
