@@ -24,8 +24,10 @@ use crate::placement::{Refusal, Request};
 use crate::policy::Verb;
 use crate::quic::{FrameReader, ReadFrameError};
 
+mod continuation;
 mod race;
 
+use self::continuation::Begun;
 use self::race::{Raced, race};
 
 /// An edge answer is not given up when less than this share of the deadline is left.
@@ -245,7 +247,14 @@ async fn hedge(
                 hedged: is_hedged,
                 ..complete_answer(caller, *answer, request, &slot, reason, None)
             };
-            let code = pass_on(caller, leg, &mut worker, &answer, rest, slot, request.due).await;
+            let code = if slot.worker.continues {
+                let begun = Begun { slot, worker, rest };
+                let passing =
+                    continuation::pass_on(caller, request, leg, payload, &answer, begun, tier);
+                Box::pin(passing).await
+            } else {
+                pass_on(caller, leg, &mut worker, &answer, rest, slot, request.due).await
+            };
             Ok(Attempt::Done(code))
         }
     }
@@ -682,6 +691,11 @@ fn check(caller: &Caller, header: wire::InferHeader) -> Result<Checked, Status> 
         )));
     }
     let affinity = (!key.is_empty()).then(|| fingerprint(key));
+    let header = wire::InferHeader {
+        // Nobody but a broker leaves out messages.
+        resume_from: 0,
+        ..header
+    };
     // Named here when the requester gave no name, so that an escalation keeps it.
     let header = match header.request_id.as_str() {
         "" => wire::InferHeader {

@@ -150,6 +150,8 @@ pub struct Metrics {
     pub escalations: Counter,
     /// Inferences that a second worker was asked for while the first did not answer, by outcome.
     pub hedges: Family<HedgeOutcome, Counter>,
+    /// Answers that went on at another worker when theirs was lost.
+    pub continuations: Counter,
     /// How long inferences waited for a worker's slot.
     pub slot_wait: Times,
     /// What the fabric added to an answer: its time less what the worker queued and computed.
@@ -243,6 +245,10 @@ impl Default for Metrics {
             hedges: register!(
                 "hedges",
                 "Inferences given to a second worker while the first did not answer"
+            ),
+            continuations: register!(
+                "continuations",
+                "Answers that went on at another worker when theirs was lost"
             ),
             slot_wait: register_times(
                 &mut registry,

@@ -336,6 +336,7 @@ impl Infer {
             registration: 0,
             class: wire::Class::from(self.class).into(),
             routing_key: self.routing_key.clone(),
+            resume_from: 0,
         }
     }
 }

@@ -40,6 +40,10 @@ pub struct ModelRegistration {
     pub loaded: bool,
     /// Measured time of one request, if known.
     pub service_time: Option<Duration>,
+    /// Every worker that says so answers the same request to this version with the same messages, those of
+    /// a stream too: with the same request id, what is drawn by lot is the same. When one is lost midway,
+    /// another goes on with an idempotent request's answer.
+    pub continues: bool,
 }
 
 /// What changed at a worker.
@@ -89,6 +93,7 @@ impl ModelRegistration {
             outputs: self.outputs.into_iter().map(Into::into).collect(),
             loaded: self.loaded,
             service_time_us: self.service_time.map_or(0, micros),
+            continues: self.continues,
         }
     }
 }
@@ -178,6 +183,8 @@ pub struct IncomingInference {
     parameters: Vec<(String, String)>,
     residency: Residency,
     answered: bool,
+    /// Messages that the requester has already.
+    left_out: u64,
     exchange: Exchange,
 }
 
@@ -187,8 +194,9 @@ impl IncomingInference {
             parameters: from_wire_properties(std::mem::take(&mut header.parameters)),
             // A residency that this revision does not know is taken as the narrowest.
             residency: Residency::from_wire(header.residency).unwrap_or(Residency::Site),
-            header,
             answered: false,
+            left_out: header.resume_from,
+            header,
             exchange,
         }
     }
@@ -206,6 +214,12 @@ impl IncomingInference {
     /// Names the request across escalation and repetition.
     pub fn request_id(&self) -> &str {
         &self.header.request_id
+    }
+
+    /// Messages of the answer that the requester has from a worker that was lost; zero for a request from
+    /// its beginning. The answer is given from its beginning all the same, and [`Self::send`] leaves them out.
+    pub fn resume_from(&self) -> u64 {
+        self.header.resume_from
     }
 
     /// When the requester stops waiting.
@@ -285,6 +299,10 @@ impl IncomingInference {
     /// The request has ended.
     pub async fn send(&mut self, message: impl Into<Bytes>) -> Result<(), CallError> {
         self.answer(AnswerInfo::default()).await?;
+        if self.left_out > 0 {
+            self.left_out -= 1;
+            return Ok(());
+        }
         self.exchange.send(message.into()).await
     }
 
@@ -307,7 +325,7 @@ impl IncomingInference {
         message: impl Into<Bytes>,
     ) -> Result<(), CallError> {
         self.answer(info).await?;
-        self.exchange.send(message.into()).await?;
+        self.send(message).await?;
         self.finish().await
     }
 

@@ -37,6 +37,12 @@ pub trait Engine: Send + Sync + 'static {
     /// What it can take, now and as it changes. The worker passes it on to the broker.
     fn capacity(&self) -> watch::Receiver<Capacity>;
 
+    /// Whether it answers the same request with the same messages as every other worker of this version
+    /// that says so, lots drawn by the request's id: one may then go on where another was lost.
+    fn continues(&self) -> bool {
+        false
+    }
+
     /// Answers one request. The future is dropped when nobody waits for the answer any more, and has
     /// to stop all work for it then.
     fn answer(self: Arc<Self>, request: Request, reply: Reply) -> Answering;

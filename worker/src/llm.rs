@@ -193,6 +193,10 @@ impl Engine for Llm {
         watch::Sender::new(self.capacity).subscribe()
     }
 
+    fn continues(&self) -> bool {
+        true
+    }
+
     fn answer(self: Arc<Self>, request: Request, reply: Reply) -> Answering {
         Box::pin(async move {
             let operation = self.operation(request.parameter(OPERATION))?;
@@ -327,6 +331,13 @@ impl Loaded {
     }
 }
 
+/// The seed of a request that names none, the same in every worker: FNV-1a over its id.
+fn seed_of(id: &str) -> u64 {
+    id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
 /// One answer.
 struct Job {
     loaded: Arc<Loaded>,
@@ -344,7 +355,7 @@ impl Job {
         let prompt = self.loaded.prompt(&asked.prompt)?;
         let room = self.loaded.context - prompt.len();
         let most = asked.most.map_or(room, |most| most.min(room));
-        let sampler = Sampler::new(asked.sampling, rand::random());
+        let sampler = Sampler::new(asked.sampling, seed_of(&self.request.id));
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let created = since.map_or(0, |since| since.as_secs());
         let mut writer = Writer::new(self.operation, self.request.id.clone(), &asked, created);

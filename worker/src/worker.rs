@@ -409,6 +409,10 @@ fn registration(spec: &ModelSpec, tier: Tier, runs: &Runs) -> ModelRegistration 
         outputs,
         loaded,
         service_time: None,
+        continues: match runs {
+            Runs::Model(_) => false,
+            Runs::Engine(engine) => engine.continues(),
+        },
     }
 }
 

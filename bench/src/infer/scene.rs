@@ -167,6 +167,7 @@ pub(super) async fn work(
         outputs: Vec::new(),
         loaded: true,
         service_time: None,
+        continues: false,
     };
     Ok(client.work(registration).await?)
 }

@@ -331,6 +331,7 @@ impl Bounds {
             payload_bytes: payload as u64,
             caller: String::new(),
             registration: 0,
+            resume_from: 0,
             class: wire::Class::from(self.class).into(),
             routing_key: self.routing_key,
         }

@@ -41,7 +41,7 @@ pub(super) enum Raced {
 }
 
 /// A worker's stream, which is reset unless it is taken.
-struct Asked(Option<Leg>);
+pub(super) struct Asked(pub(super) Option<Leg>);
 
 impl Drop for Asked {
     fn drop(&mut self) {

@@ -38,6 +38,8 @@ pub struct WorkerModel {
     pub inputs: Vec<TensorSpec>,
     /// Names, datatypes and shapes it answers.
     pub outputs: Vec<TensorSpec>,
+    /// It would give the same messages as the other workers of this version that say so.
+    pub continues: bool,
     pub(super) slots: AtomicU32,
     pub(super) loaded: AtomicBool,
     pub(super) gone: AtomicBool,
@@ -63,6 +65,7 @@ impl WorkerModel {
         loaded: bool,
         inputs: Vec<TensorSpec>,
         outputs: Vec<TensorSpec>,
+        continues: bool,
     ) -> Self {
         Self {
             fingerprint: fingerprint(identity.uri()),
@@ -73,6 +76,7 @@ impl WorkerModel {
             tier,
             inputs,
             outputs,
+            continues,
             slots: AtomicU32::new(slots),
             loaded: AtomicBool::new(loaded),
             gone: AtomicBool::new(false),

@@ -228,6 +228,7 @@ impl Actor {
             work.loaded,
             work.inputs.into_iter().map(TensorSpec::from).collect(),
             work.outputs.into_iter().map(TensorSpec::from).collect(),
+            work.continues,
         );
         worker
             .load()

@@ -33,6 +33,13 @@ impl<S: BorrowMut<RecvStream>> FrameReader<S> {
         }
     }
 
+    /// As [`Self::new`], where `rest` was read of the stream before.
+    pub(crate) fn with(stream: S, limit: usize, rest: Bytes) -> Self {
+        let mut reader = Self::new(stream, limit);
+        reader.decoder.push(rest);
+        reader
+    }
+
     /// The next frame, or `None` at the end of the stream. May be cancelled without loss.
     pub(crate) async fn next(&mut self) -> Result<Option<Frame>, ReadFrameError> {
         loop {

@@ -138,6 +138,7 @@ fn registration(model: &str, tier: Tier, slots: u32) -> ModelRegistration {
         outputs: Vec::new(),
         loaded: true,
         service_time: Some(Duration::from_millis(1)),
+        continues: false,
     }
 }
 

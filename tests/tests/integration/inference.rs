@@ -23,6 +23,7 @@ fn registration(model: &str, tier: Tier, slots: u32) -> ModelRegistration {
         outputs: Vec::new(),
         loaded: true,
         service_time: Some(Duration::from_millis(1)),
+        continues: false,
     }
 }
 
@@ -419,6 +420,89 @@ async fn a_cloud_that_falls_silent_is_hedged_with_the_edge() {
     );
 }
 
+/// A worker whose answers others may go on with.
+fn continuing(tier: Tier) -> ModelRegistration {
+    ModelRegistration {
+        continues: true,
+        ..registration("words", tier, 4)
+    }
+}
+
+/// Says so many words of `one two three …`, all that are left if there is no number, and returns the request
+/// unless it is done.
+async fn say(mut asked: IncomingInference, words: usize) -> Option<IncomingInference> {
+    asked.request().await.unwrap();
+    for word in WORDS.iter().take(words) {
+        asked.send(*word).await.unwrap();
+    }
+    if words < WORDS.len() {
+        return Some(asked);
+    }
+    asked.finish().await.unwrap();
+    None
+}
+
+const WORDS: [&str; 6] = ["one", "two", "three", "four", "five", "six"];
+
+#[tokio::test]
+async fn an_answer_whose_worker_is_lost_midway_goes_on_at_another() {
+    let broker = TestBroker::open().await;
+    let camera = broker.client("camera-3").await;
+    let (gpu, spare) = (broker.client("gpu-1").await, broker.client("gpu-2").await);
+    let other = broker.client("gpu-3").await;
+    let mut worker = gpu.work(continuing(Tier::Cloud)).await.unwrap();
+    let ask = || Infer::new("words").payload("count").idempotent(true);
+
+    let asking = camera.infer_stream(ask());
+    let (stream, half) = tokio::join!(asking, async {
+        let asked = incoming(&mut worker).await;
+        assert_eq!(asked.resume_from(), 0);
+        say(asked, 3).await
+    });
+    let mut stream = stream.unwrap();
+    for word in &WORDS[..3] {
+        let found = within("a word", stream.next()).await.unwrap();
+        assert_eq!(found.as_deref(), Some(word.as_bytes()));
+    }
+    // One that does not say that its answers are the same is not asked, though it is there.
+    let _plain = other
+        .work(registration("words", Tier::Cloud, 4))
+        .await
+        .unwrap();
+    let mut second = spare.work(continuing(Tier::Cloud)).await.unwrap();
+    gpu.close().await;
+    drop(half);
+    let asked = incoming(&mut second).await;
+    assert_eq!(asked.resume_from(), 3);
+    assert!(say(asked, WORDS.len()).await.is_none());
+    for word in &WORDS[3..] {
+        let found = within("a word", stream.next()).await.unwrap();
+        assert_eq!(found.as_deref(), Some(word.as_bytes()));
+    }
+    assert_eq!(within("the end", stream.next()).await.unwrap(), None);
+    broker
+        .metric_reaches("selvedge_continuations_total", &[], 1)
+        .await;
+
+    // Nobody is left who could go on.
+    let (stream, half) = tokio::join!(camera.infer_stream(ask()), async {
+        say(incoming(&mut second).await, 2).await
+    });
+    let mut stream = stream.unwrap();
+    for word in &WORDS[..2] {
+        let found = within("a word", stream.next()).await.unwrap();
+        assert_eq!(found.as_deref(), Some(word.as_bytes()));
+    }
+    spare.close().await;
+    drop(half);
+    let error = within("the end", stream.next()).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    assert!(
+        error.to_string().contains("broke off after 2 messages"),
+        "{error}"
+    );
+}
+
 #[tokio::test]
 async fn a_late_worker_is_hedged_and_told_to_stop_unless_the_request_counts_once() {
     let broker = TestBroker::open().await;
@@ -572,6 +656,7 @@ async fn a_deadline_that_no_worker_can_meet_is_refused_at_once_with_the_estimate
     );
     let slow = ModelRegistration {
         service_time: Some(Duration::from_secs(60)),
+        continues: false,
         ..registration("digits", Tier::Edge, 1)
     };
     let mut worker = edge.work(slow).await.unwrap();

@@ -101,6 +101,7 @@ async fn work(client: Client, tier: Tier, seen: Arc<Seen>, held: watch::Receiver
         outputs: Vec::new(),
         loaded: true,
         service_time: Some(WORK),
+        continues: false,
     };
     let mut worker = client.work(registration).await.unwrap();
     let mut running = JoinSet::new();

@@ -506,6 +506,7 @@ async fn an_mqtt_client_asks_models_with_tensors_in_json_or_whatever_they_take()
         outputs: Vec::new(),
         loaded: true,
         service_time: Some(Duration::from_millis(1)),
+        continues: false,
     };
     let mut worker = edge.work(registration).await.unwrap();
     let _working = AbortOnDropHandle::new(tokio::spawn(async move {

@@ -150,6 +150,7 @@ async fn denied_work() {
             outputs: Vec::new(),
             loaded: true,
             service_time: None,
+            continues: false,
         };
         let error = client.work(registration).await.unwrap_err();
         assert_eq!(error, WorkError::Refused(denial("work", model, rule)));

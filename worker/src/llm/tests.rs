@@ -255,6 +255,26 @@ async fn an_answer_is_the_same_each_time_and_whole_or_in_parts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn two_workers_answer_the_same_request_with_the_same_parts() {
+    let tiny = Tiny::new();
+    let one = tiny.load().unwrap();
+    let other = tiny.load().unwrap();
+    assert!(one.continues());
+    // Drawn by lot, and no seed is named: the request's id decides.
+    let asked = || chat(json!({"temperature": 2, "max_tokens": 16, "stream": true}));
+    let texts = |parts: Vec<serde_json::Value>| -> Vec<serde_json::Value> {
+        let choices = parts.iter().map(|part| part["choices"].clone());
+        choices.collect()
+    };
+    let first = texts(ask(&one, asked()).await.unwrap());
+    assert!(first.len() > 2, "{first:?}");
+    assert_eq!(texts(ask(&other, asked()).await.unwrap()), first);
+    let mut another = asked();
+    another.id = "r-2".to_owned();
+    assert_ne!(texts(ask(&other, another).await.unwrap()), first);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_was_cut_off_goes_on_as_it_would_have() {
     let llm = Tiny::new().load().unwrap();
     for sampling in [
