@@ -594,7 +594,7 @@ fn complete_answer(
     ] {
         times.get_or_create(&tier).observe(time.as_secs_f64());
     }
-    wire::InferAnswer {
+    let answer = wire::InferAnswer {
         model: request.model.as_str().to_owned(),
         version: slot.worker.version.clone(),
         request_id: request.header.request_id.clone(),
@@ -607,7 +607,24 @@ fn complete_answer(
         estimate_us: u64::try_from(slot.choice.estimate.as_micros()).unwrap_or(u64::MAX),
         hedged: false,
         ..answer
-    }
+    };
+    tracing::debug!(
+        request = answer.request_id,
+        traceparent = request.header.traceparent,
+        caller = %caller.identity,
+        model = answer.model,
+        version = answer.version,
+        worker = answer.worker,
+        tier = tier.tier,
+        queue_us = answer.queue_us,
+        compute_us = answer.compute_us,
+        placement_us = answer.placement_us,
+        estimate_us = answer.estimate_us,
+        escalated = answer.escalated,
+        reason = answer.reason,
+        "an inference is answered"
+    );
+    answer
 }
 
 async fn first_frame(

@@ -22,6 +22,8 @@ async fn main() -> Result<()> {
         .payload(request.to_string())
         .parameter("operation", "chat.completions")
         .deadline(Duration::from_secs(120))
+        // When the worker is lost midway, another goes on where it broke off.
+        .idempotent(true)
         // The same worker for the same chat: it may still have the prompt.
         .routing_key("chat");
     let mut answer = client.infer_stream(request).await?;
