@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::fs;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -80,6 +80,22 @@ pub struct ModelConfig {
     pub load_deadline: Duration,
 }
 
+/// How requests are computed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batching {
+    /// `max`: rows of one batch, those of all its requests together; 2 to 1,024.
+    pub max: NonZeroUsize,
+    /// `delay`: how long the first request of a batch waits for others; up to `"1s"`. Default: `"2ms"`.
+    pub delay: Duration,
+}
+
+/// Rows of a batch at most.
+const MOST_ROWS: usize = 1_024;
+/// How long the first request of a batch waits unless told otherwise.
+const DEFAULT_BATCH_DELAY: Duration = Duration::from_millis(2);
+/// How long it may be told to wait.
+const LONGEST_BATCH_DELAY: Duration = Duration::from_secs(1);
+
 /// What answers the requests for a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelSource {
@@ -90,6 +106,9 @@ pub enum ModelSource {
         /// `confidence`, such as `{ output = "probabilities", kind = "max" }`: how sure an answer is.
         /// Default: answers carry no confidence, and never escalate.
         confidence: Option<ConfidenceRule>,
+        /// `batch`, such as `{ max = 8, delay = "2ms" }`: requests that come at nearly the same time are
+        /// computed as one. Default: each by itself.
+        batch: Option<Batching>,
     },
     /// `llm`: a language model of a GGUF file. Needs the feature `llm`.
     Llm(LlmConfig),
@@ -387,9 +406,51 @@ impl Reader<'_> {
                     .map(Some)
             }
         };
+        let batch = match section.take("batch") {
+            None => Some(None),
+            Some(value) => {
+                let at = section.key("batch");
+                let table = self.table(&at, value);
+                table.and_then(|table| self.batch(&at, table)).map(Some)
+            }
+        };
         Some(ModelSource::Onnx {
             path: path?,
             confidence: confidence?,
+            batch: batch?,
+        })
+    }
+
+    fn batch(&mut self, at: &str, table: Table) -> Option<Batching> {
+        let mut section = Section::new(format!("{at}."), table);
+        let max = match section.take("max") {
+            Some(value) => match value.as_integer().map(usize::try_from) {
+                Some(Ok(rows)) if (2..=MOST_ROWS).contains(&rows) => NonZeroUsize::new(rows),
+                _ => self.problem(
+                    &section.key("max"),
+                    format!("expected a number of rows from 2 to {MOST_ROWS}, found {value}"),
+                ),
+            },
+            None => {
+                let message =
+                    format!("expected a number of rows from 2 to {MOST_ROWS}, found none");
+                self.problem(&section.key("max"), message)
+            }
+        };
+        let delay = match self.optional_text(&mut section, "delay") {
+            None => Some(DEFAULT_BATCH_DELAY),
+            Some(text) => match duration(&text).filter(|delay| *delay <= LONGEST_BATCH_DELAY) {
+                Some(delay) => Some(delay),
+                None => self.problem(
+                    &section.key("delay"),
+                    format!("expected a time over zero and up to 1s such as 2ms, found {text:?}"),
+                ),
+            },
+        };
+        self.finish(&section);
+        Some(Batching {
+            max: max?,
+            delay: delay?,
         })
     }
 

@@ -1,6 +1,7 @@
 //! The inference worker: the `Model` and `Engine` traits, the ONNX engine, small language models (feature
 //! `llm`), adapters to model servers elsewhere, and the loop that answers a broker.
 
+pub mod batch;
 pub mod config;
 pub mod engine;
 #[cfg(feature = "llm")]
@@ -11,6 +12,7 @@ pub mod onnx;
 pub mod upstream;
 mod worker;
 
+pub use batch::Batched;
 pub use config::{ConfigError, WorkerConfig};
 pub use engine::Engine;
 #[cfg(feature = "llm")]

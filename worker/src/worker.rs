@@ -18,6 +18,7 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use crate::batch::{Batched, NoBatches};
 use crate::config::{LlmConfig, ModelSource, WorkerConfig, cores};
 use crate::engine::{self, Capacity, Engine, MESSAGES, Reply};
 #[cfg(feature = "llm")]
@@ -133,13 +134,27 @@ impl WorkerOptions {
         for model in &config.models {
             let deadline = model.load_deadline;
             let loaded = match &model.source {
-                ModelSource::Onnx { path, confidence } => {
-                    let (path, confidence) = (path.clone(), confidence.clone());
-                    spawn_blocking(move || OnnxModel::load(path, confidence, deadline))
+                ModelSource::Onnx {
+                    path,
+                    confidence,
+                    batch,
+                } => {
+                    let (path, rule) = (path.clone(), confidence.clone());
+                    let loaded = spawn_blocking(move || OnnxModel::load(path, rule, deadline))
                         .await
                         .expect("loading catches its own panics")
-                        .map(|model| Runs::Model(Arc::new(model)))
-                        .map_err(LoadFailure::from)
+                        .map_err(LoadFailure::from);
+                    loaded.and_then(|loaded| {
+                        let mut runs: Arc<dyn Model> = Arc::new(loaded);
+                        if let Some(batch) = *batch {
+                            let batched = Batched::new(runs, confidence.clone(), batch);
+                            runs = Arc::new(batched.map_err(|source| LoadFailure::NoBatches {
+                                model: model.name.clone(),
+                                source,
+                            })?);
+                        }
+                        Ok(Runs::Model(runs))
+                    })
                 }
                 ModelSource::Llm(llm) => load_llm(llm.clone(), model.slots, deadline).await,
                 ModelSource::OpenInference(upstream) => {
@@ -213,6 +228,14 @@ pub enum LoadFailure {
     /// A server elsewhere.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
+    /// A model that cannot be asked in batches.
+    #[error("model {model}: {source}")]
+    NoBatches {
+        /// Its name.
+        model: String,
+        /// What it has instead.
+        source: NoBatches,
+    },
 }
 
 /// Why a worker did not start. Nothing is left running or registered.

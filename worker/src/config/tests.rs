@@ -24,6 +24,7 @@ path = "defects.onnx"
 slots = 3
 confidence = { output = "probabilities", kind = "max" }
 load_deadline = "500ms"
+batch = { max = 8, delay = "5ms" }
 "#;
 
 fn parse(text: &str) -> Result<WorkerConfig, Vec<Problem>> {
@@ -62,6 +63,7 @@ fn a_configuration_is_read_with_its_defaults() {
                 source: ModelSource::Onnx {
                     path: PathBuf::from("/home/digits.onnx"),
                     confidence: None,
+                    batch: None,
                 },
                 load_deadline: Duration::from_secs(60),
             },
@@ -73,6 +75,10 @@ fn a_configuration_is_read_with_its_defaults() {
                     path: PathBuf::from("/home/defects.onnx"),
                     confidence: Some(ConfidenceRule::Max {
                         output: "probabilities".to_owned(),
+                    }),
+                    batch: Some(Batching {
+                        max: NonZeroUsize::new(8).unwrap(),
+                        delay: Duration::from_millis(5),
                     }),
                 },
                 load_deadline: Duration::from_millis(500),
@@ -174,6 +180,7 @@ path = "a.onnx"
 slots = 0
 confidence = { output = "p", kind = "min" }
 load_deadline = "soon"
+batch = { max = 1, delay = "2s" }
 path_ = "b.onnx"
 
 [[model]]
@@ -194,8 +201,10 @@ load_deadline = "0s"
         "model[0].name: ",
         "model[0].slots: expected a number from 1 to 4294967295, found 0",
         r#"model[0].confidence.kind: expected "max", found "min""#,
+        "model[0].batch.max: expected a number of rows from 2 to 1024, found 1",
+        r#"model[0].batch.delay: expected a time over zero and up to 1s such as 2ms, found "2s""#,
         r#"model[0].load_deadline: expected a time over zero such as 30s or 500ms, found "soon""#,
-        "model[0].path_: unknown key; expected one of name, version, upstream, slots, llm, path, confidence, load_deadline",
+        "model[0].path_: unknown key; expected one of name, version, upstream, slots, llm, path, confidence, batch, load_deadline",
         r#"model[1].version: expected 1 to 128 bytes of text, found """#,
         "model[1].slots: expected a number from 1 to 4294967295, found -1",
         "model[1].confidence: expected a table, found a value of type string",

@@ -267,3 +267,38 @@ fn a_load_that_panics_is_an_error() {
     let error = within(DEFAULT_LOAD_DEADLINE, PathBuf::from("bad.onnx"), panics).unwrap_err();
     assert!(matches!(error, LoadError::Invalid { .. }), "{error}");
 }
+
+#[test]
+fn digits_in_batches_are_what_they_are_one_by_one() {
+    let (_, images_of) = test_set();
+    let rule = ConfidenceRule::Max {
+        output: "probabilities".to_owned(),
+    };
+    let batching = crate::config::Batching {
+        max: std::num::NonZeroUsize::new(8).unwrap(),
+        delay: Duration::from_secs(30),
+    };
+    let one_by_one = digits("digits-edge.onnx");
+    let model = std::sync::Arc::new(digits("digits-edge.onnx"));
+    let batched = crate::Batched::new(model, Some(rule), batching).unwrap();
+    let images_of = &images_of[..8];
+    let answers: Vec<Inference> = std::thread::scope(|scope| {
+        let asking: Vec<_> = images_of
+            .iter()
+            .map(|image| {
+                let batched = &batched;
+                scope.spawn(move || {
+                    let input = vec![images(std::slice::from_ref(image))];
+                    batched.infer(input, &CancelFlag::new()).unwrap()
+                })
+            })
+            .collect();
+        asking.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    for (image, found) in images_of.iter().zip(&answers) {
+        let wanted = infer(&one_by_one, vec![images(std::slice::from_ref(image))]).unwrap();
+        assert_eq!(guesses(found), guesses(&wanted));
+        let (found, wanted) = (found.confidence.unwrap(), wanted.confidence.unwrap());
+        assert!((found - wanted).abs() < 1e-4, "{found} and {wanted}");
+    }
+}
