@@ -214,9 +214,7 @@ async fn hedge(
         Raced::Gone(code) => Ok(Attempt::Done(leg.abandon(code))),
         Raced::Unanswered(slot, Unanswered::Lost) => Ok(Attempt::Lost(blame(caller, slot))),
         Raced::Unanswered(slot, Unanswered::Status(status)) => {
-            if is_the_workers_fault(status.code) {
-                blame(caller, slot);
-            }
+            settle(caller, slot, status.code);
             Ok(Attempt::Refused(status))
         }
         Raced::Answered {
@@ -349,12 +347,7 @@ async fn ask(
     threshold: Option<f32>,
     edge_confidence: Option<f32>,
 ) -> Result<Attempt, Status> {
-    let onward = wire::InferHeader {
-        deadline_ms: left_ms(request.due),
-        caller: caller.identity.uri().to_owned(),
-        registration: slot.worker.registration,
-        ..request.header.clone()
-    };
+    let onward = onward(caller, request, &slot.worker);
     let opened = tokio::time::timeout_at(
         request.due.into(),
         Leg::open(&slot.worker.connection, frame::encode(Kind::INFER, &onward)),
@@ -421,9 +414,7 @@ async fn ask(
         }
         Came::Unanswered(Unanswered::Status(status)) => {
             worker.abandon(status.code);
-            if is_the_workers_fault(status.code) {
-                blame(caller, slot);
-            }
+            settle(caller, slot, status.code);
             Ok(Attempt::Refused(status))
         }
         Came::Unsure(answer, rest) => Ok(Attempt::Unsure(Box::new(Held {
@@ -434,13 +425,19 @@ async fn ask(
         }))),
         Came::Answer(outcome) => {
             let code = exchange::conclude(leg, &mut worker, &tracker, outcome).await;
-            if code == Code::Ok {
-                slot.complete();
-            } else if is_the_workers_fault(code) {
-                blame(caller, slot);
-            }
+            settle(caller, slot, code);
             Ok(Attempt::Done(code))
         }
+    }
+}
+
+/// The header of a request as this worker gets it.
+fn onward(caller: &Caller, request: &Checked, worker: &WorkerModel) -> wire::InferHeader {
+    wire::InferHeader {
+        deadline_ms: left_ms(request.due),
+        caller: caller.identity.uri().to_owned(),
+        registration: worker.registration,
+        ..request.header.clone()
     }
 }
 
@@ -451,6 +448,15 @@ fn is_the_workers_fault(code: Code) -> bool {
         code,
         Code::Internal | Code::Unavailable | Code::Unknown | Code::DataLoss
     )
+}
+
+/// Frees a worker's slot after a response that ended so, which counts for the worker or against it.
+fn settle(caller: &Caller, slot: Slot, code: Code) {
+    if code == Code::Ok {
+        slot.complete();
+    } else if is_the_workers_fault(code) {
+        blame(caller, slot);
+    }
 }
 
 /// Counts a failure against the worker, which may be given no more requests for a while.
@@ -547,11 +553,7 @@ async fn pass_on(
             .await
     };
     let code = exchange::conclude(leg, worker, &tracker, outcome).await;
-    if code == Code::Ok {
-        slot.complete();
-    } else if is_the_workers_fault(code) {
-        blame(caller, slot);
-    }
+    settle(caller, slot, code);
     code
 }
 

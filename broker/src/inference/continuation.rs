@@ -9,14 +9,13 @@ use selvedge_proto::inference::Tier;
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::wire;
 
-use super::race::Asked;
+use super::race::begin;
 use super::{
-    Checked, REPETITIONS, Unanswered, Whole, blame, first_frame, is_the_workers_fault, place,
-    read_answer,
+    Checked, REPETITIONS, Unanswered, Whole, blame, is_the_workers_fault, onward, place, settle,
 };
 use crate::calls::exchange::{self, Exchange, Leg, ResponseEnd, Sink, Source};
 use crate::calls::tracker::ResponseTracker;
-use crate::calls::{Caller, end_with, left_ms};
+use crate::calls::{Caller, end_with};
 use crate::models::{Excluded, Slot};
 use crate::quic::{FrameReader, ReadFrameError};
 
@@ -32,6 +31,8 @@ pub(super) struct Begun {
 struct Passed {
     tracker: ResponseTracker,
     messages: u64,
+    /// The worker's word that it leaves, which was kept back in case another goes on.
+    leaving: Option<Status>,
 }
 
 /// Passes an answer on message by message. When its worker is lost, another goes on after the last message
@@ -48,6 +49,7 @@ pub(super) async fn pass_on(
     let mut passed = Passed {
         tracker: ResponseTracker::new(caller.fabric.limits.max_frame_bytes),
         messages: 0,
+        leaving: None,
     };
     let mut lost: Vec<Excluded> = Vec::new();
     let mut head = Some(frame::encode(Kind::ANSWER, answer));
@@ -74,7 +76,9 @@ pub(super) async fn pass_on(
             Ok(ResponseEnd::Reset(code)) => is_the_workers_fault(*code),
             _ => false,
         };
+        // After its status there is nothing to go on with.
         if is_lost
+            && passed.tracker.ended().is_none()
             && lost.len() < REPETITIONS
             && caller.tenant.models.spend_repetition(&request.model)
         {
@@ -102,6 +106,7 @@ pub(super) async fn pass_on(
                     );
                     caller.fabric.metrics.continuations.inc();
                     *tier = Some(begun.slot.worker.tier);
+                    passed.leaving = None;
                     Begun { slot, worker, rest } = begun;
                     continue;
                 }
@@ -113,12 +118,16 @@ pub(super) async fn pass_on(
                 }
             }
         }
-        let code = exchange::conclude(leg, &mut worker, &passed.tracker, outcome).await;
-        if code == Code::Ok {
-            slot.complete();
-        } else if is_the_workers_fault(code) {
-            blame(caller, slot);
-        }
+        let code = match passed.leaving.take() {
+            Some(status) => {
+                let code = worker.abandon(status.code);
+                end_with(&mut leg.send, status).await;
+                leg.recv.stop(code);
+                code
+            }
+            None => exchange::conclude(leg, &mut worker, &passed.tracker, outcome).await,
+        };
+        settle(caller, slot, code);
         return code;
     }
 }
@@ -147,9 +156,10 @@ async fn copy(
         };
         if frame.kind == Kind::STATUS
             && let Ok(status) = frame::decode::<wire::Status>("status", frame.body.clone())
-            && Status::from(status).code == Code::Unavailable
+            && let status = Status::from(status)
+            && status.code == Code::Unavailable
         {
-            // The worker is leaving; another may go on.
+            passed.leaving = Some(status);
             return ResponseEnd::Lost;
         }
         let mut chunks = [frame::head(frame.kind, frame.body.len()), frame.body];
@@ -192,37 +202,18 @@ async fn go_on(
         .await
         .map_err(|status| broke_off(format!("no other worker can go on: {}", status.message)))?;
     let onward = wire::InferHeader {
-        deadline_ms: left_ms(request.due),
-        caller: caller.identity.uri().to_owned(),
-        registration: slot.worker.registration,
         resume_from: messages,
-        ..request.header
+        ..onward(caller, &request, &slot.worker)
     };
-    let header = frame::encode(Kind::INFER, &onward);
-    let mut asked = Asked(Leg::open(&slot.worker.connection, header).await);
-    let Some(Leg { send, recv }) = &mut asked.0 else {
-        let next = blame(caller, slot);
-        return Err(broke_off(format!("{} was lost as well", next.identity)));
-    };
-    // A worker that does not want the request says so in its response.
-    if send.write_chunk(payload.bytes.clone()).await.is_ok() {
-        let _ = send.finish();
-    }
-    let limit = caller.fabric.limits.max_frame_bytes;
-    match read_answer(first_frame(recv, limit).await) {
-        Ok((_, rest)) => match asked.0.take() {
-            Some(worker) => Ok(Begun { slot, worker, rest }),
-            None => Err(broke_off("nobody goes on".to_owned())),
-        },
+    match begin(caller, &onward, payload, &slot.worker).await {
+        Ok((worker, _, rest)) => Ok(Begun { slot, worker, rest }),
         Err(Unanswered::Lost) => {
             let next = blame(caller, slot);
             Err(broke_off(format!("{} was lost as well", next.identity)))
         }
         Err(Unanswered::Status(status)) => {
             let why = format!("{} answered {status}", slot.worker.identity);
-            if is_the_workers_fault(status.code) {
-                blame(caller, slot);
-            }
+            settle(caller, slot, status.code);
             Err(broke_off(why))
         }
     }

@@ -13,9 +13,9 @@ use selvedge_proto::inference::Tier;
 use selvedge_proto::status::{Code, Status};
 use selvedge_proto::wire;
 
-use super::{Checked, Unanswered, Whole, blame, first_frame, forward, place, read_answer};
+use super::{Checked, Unanswered, Whole, blame, first_frame, forward, onward, place, read_answer};
+use crate::calls::Caller;
 use crate::calls::exchange::{Leg, Sink, Source};
-use crate::calls::{Caller, left_ms};
 use crate::clock;
 use crate::models::{Excluded, Slot, WorkerModel};
 use crate::placement::hedge::{Watch, Why, is_due};
@@ -41,7 +41,7 @@ pub(super) enum Raced {
 }
 
 /// A worker's stream, which is reset unless it is taken.
-pub(super) struct Asked(pub(super) Option<Leg>);
+struct Asked(Option<Leg>);
 
 impl Drop for Asked {
     fn drop(&mut self) {
@@ -164,7 +164,7 @@ async fn second(caller: &Caller, request: &Checked, first: &Arc<WorkerModel>) ->
     None
 }
 
-/// Gives a worker the request and reads the first frame of its response.
+/// Gives a contender the request, and says whose place it has.
 async fn contend(
     caller: &Caller,
     request: &Checked,
@@ -172,21 +172,23 @@ async fn contend(
     place: usize,
     worker: Arc<WorkerModel>,
 ) -> (usize, Result<(Leg, wire::InferAnswer, Bytes), Unanswered>) {
-    let onward = wire::InferHeader {
-        deadline_ms: left_ms(request.due),
-        caller: caller.identity.uri().to_owned(),
-        registration: worker.registration,
-        ..request.header.clone()
+    let header = onward(caller, request, &worker);
+    (place, begin(caller, &header, payload, &worker).await)
+}
+
+/// Gives a worker a request that is held whole, and reads the first frame of its response. The worker is told
+/// to stop when this is dropped.
+pub(super) async fn begin(
+    caller: &Caller,
+    header: &wire::InferHeader,
+    payload: &Whole,
+    worker: &WorkerModel,
+) -> Result<(Leg, wire::InferAnswer, Bytes), Unanswered> {
+    let header = frame::encode(Kind::INFER, header);
+    let mut asked = Asked(Leg::open(&worker.connection, header).await);
+    let Some(Leg { send, recv }) = &mut asked.0 else {
+        return Err(Unanswered::Lost);
     };
-    let header = frame::encode(Kind::INFER, &onward);
-    let Some(leg) = Leg::open(&worker.connection, header).await else {
-        return (place, Err(Unanswered::Lost));
-    };
-    let mut asked = Asked(Some(leg));
-    let Some(leg) = &mut asked.0 else {
-        return (place, Err(Unanswered::Lost));
-    };
-    let Leg { send, recv } = leg;
     let limit = caller.fabric.limits.max_frame_bytes;
     // A worker may answer before it has the whole request.
     let sending = async {
@@ -195,15 +197,11 @@ async fn contend(
     };
     let first = tokio::select! {
         first = first_frame(recv, limit) => first,
-        () = sending => return (place, Err(Unanswered::Lost)),
+        () = sending => return Err(Unanswered::Lost),
     };
-    match read_answer(first) {
-        Ok((answer, rest)) => match asked.0.take() {
-            Some(leg) => (place, Ok((leg, answer, rest))),
-            None => (place, Err(Unanswered::Lost)),
-        },
-        Err(unanswered) => (place, Err(unanswered)),
-    }
+    let (answer, rest) = read_answer(first)?;
+    let worker = asked.0.take().ok_or(Unanswered::Lost)?;
+    Ok((worker, answer, rest))
 }
 
 /// The source of a request that is held whole.
