@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::compare::machine::{self, Machine};
 
 use self::figure::Figure;
-use self::scene::Scene;
+use self::scene::Ground;
 
 mod burst;
 mod cancel;
@@ -71,16 +71,19 @@ pub async fn run(
     let wanted = |name: &&str| {
         options.shapes.is_empty() || options.shapes.iter().any(|wanted| wanted == name)
     };
+    let ground = Ground {
+        program,
+        root: folder.path(),
+    };
     for name in SHAPES.into_iter().filter(wanted) {
-        let scene = || Scene::open(program, folder.path());
         let quick = options.quick;
         let measured = match name {
-            "added" => Box::pin(overhead::measure(scene, quick, progress)).await,
-            "bodies" => Box::pin(streams::measure(scene, quick, progress)).await,
-            "cancel" => Box::pin(cancel::measure(scene, quick)).await,
-            "burst" => Box::pin(burst::measure(scene, quick)).await,
-            "loss" => Box::pin(loss::measure(scene, quick)).await,
-            _ => Box::pin(residency::measure(scene, quick)).await,
+            "added" => Box::pin(overhead::measure(&ground, quick, progress)).await,
+            "bodies" => Box::pin(streams::measure(&ground, quick, progress)).await,
+            "cancel" => Box::pin(cancel::measure(&ground, quick)).await,
+            "burst" => Box::pin(burst::measure(&ground, quick)).await,
+            "loss" => Box::pin(loss::measure(&ground, quick)).await,
+            _ => Box::pin(residency::measure(&ground, quick)).await,
         };
         match measured {
             Ok(figures) => {

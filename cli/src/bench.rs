@@ -261,10 +261,7 @@ async fn run_rpc(args: Rpc) -> anyhow::Result<ExitCode> {
 
 async fn run_infer(args: Infer) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::listen()?;
-    let program = std::env::current_exe().context("find this program")?;
-    if cfg!(debug_assertions) {
-        output::note("this is not an optimised build: its figures mean nothing");
-    }
+    let program = this_program()?;
     let options = infer::Options {
         quick: args.quick,
         shapes: args.shapes,
@@ -276,28 +273,19 @@ async fn run_infer(args: Infer) -> anyhow::Result<ExitCode> {
         () = signals.next() => return Ok(ExitCode::from(STOPPED)),
     };
     if !args.quick {
-        for file in report.save(&args.out)? {
-            output::note(format_args!("wrote {}", file.display()));
-        }
+        wrote(&report.save(&args.out)?);
     }
     if args.json {
         output::line(serde_json::to_string(&report)?)?;
     } else {
         output::line(report.table())?;
     }
-    Ok(if report.failures.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(ExitCode::from(u8::from(!report.failures.is_empty())))
 }
 
 async fn measure(options: &Options, out: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::listen()?;
-    let program = std::env::current_exe().context("find this program")?;
-    if cfg!(debug_assertions) {
-        output::note("this is not an optimised build: its figures mean nothing");
-    }
+    let program = this_program()?;
     let progress = |line: &str| output::note(line);
     let report = tokio::select! {
         report = compare::run(options, &program, &progress) => report?,
@@ -305,9 +293,7 @@ async fn measure(options: &Options, out: &Path, json: bool) -> anyhow::Result<Ex
         () = signals.next() => return Ok(ExitCode::from(STOPPED)),
     };
     if !options.quick {
-        for file in report.save(out)? {
-            output::note(format_args!("wrote {}", file.display()));
-        }
+        wrote(&report.save(out)?);
     }
     if json && options.quick {
         output::line(report.brief())?;
@@ -316,11 +302,21 @@ async fn measure(options: &Options, out: &Path, json: bool) -> anyhow::Result<Ex
     } else {
         output::line(report.table())?;
     }
-    Ok(if report.failures.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(ExitCode::from(u8::from(!report.failures.is_empty())))
+}
+
+/// The binary whose broker is measured, with a word when that tells nothing.
+fn this_program() -> anyhow::Result<PathBuf> {
+    if cfg!(debug_assertions) {
+        output::note("this is not an optimised build: its figures mean nothing");
+    }
+    std::env::current_exe().context("find this program")
+}
+
+fn wrote(files: &[PathBuf]) {
+    for file in files {
+        output::note(format_args!("wrote {}", file.display()));
+    }
 }
 
 async fn run_load() -> anyhow::Result<ExitCode> {

@@ -47,7 +47,8 @@ deny = ["publish"]
 subjects = ["locked/{site}/#"]
 "##;
 
-const BROKER: &str = r#"[identity]
+/// The configuration of every broker here: what it has to have, and where it speaks QUIC.
+pub(crate) const BASE: &str = r#"[identity]
 cert = "{cert}"
 key = "{key}"
 trust = "{ca}"
@@ -57,7 +58,10 @@ file = "{dir}/policy.toml"
 
 [listen]
 quic = "127.0.0.1:0"
+"#;
 
+/// What the broker of a comparison has besides [`BASE`].
+const BROKER: &str = r#"
 [mqtt]
 tls = "127.0.0.1:0"
 
@@ -319,7 +323,7 @@ impl System {
         let limits = self
             .packet_bytes
             .map(|bytes| format!("\n[limits]\npacket_bytes = {bytes}\n"));
-        format!("{BROKER}{}", limits.unwrap_or_default())
+        format!("{BASE}{BROKER}{}", limits.unwrap_or_default())
     }
 
     /// What there is to say about it.

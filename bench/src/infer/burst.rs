@@ -1,7 +1,6 @@
 //! Ten thousand requests at once for sixteen slots.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -11,7 +10,7 @@ use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 
 use super::figure::Figure;
-use super::scene::{CLOUD, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, PLANT, work};
 
 const SLOTS: usize = 16;
 const CLIENTS: usize = 20;
@@ -19,11 +18,8 @@ const REQUESTS: usize = 10_000;
 const WORK: Duration = Duration::from_millis(2);
 const DEADLINE: Duration = Duration::from_secs(10);
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
-    quick: bool,
-) -> anyhow::Result<Vec<Figure>> {
-    let scene = scene().await?;
+pub(super) async fn measure(ground: &Ground<'_>, quick: bool) -> anyhow::Result<Vec<Figure>> {
+    let scene = ground.open().await?;
     let client = scene.client(CLOUD, "worker").await?;
     let mut worker = work(&client, "busy", Tier::Cloud, SLOTS as u32).await?;
     let running = Arc::new(AtomicUsize::new(0));

@@ -1,6 +1,5 @@
 //! From the moment that a requester gives up to the moment that the worker hears of it.
 
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -11,15 +10,12 @@ use selvedge_client::{Infer, Tier};
 use tokio::sync::mpsc;
 
 use super::figure::{Figure, quantile};
-use super::scene::{CLOUD, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, PLANT, work};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
-    quick: bool,
-) -> anyhow::Result<Vec<Figure>> {
-    let scene = scene().await?;
+pub(super) async fn measure(ground: &Ground<'_>, quick: bool) -> anyhow::Result<Vec<Figure>> {
+    let scene = ground.open().await?;
     let client = scene.client(CLOUD, "worker").await?;
     let mut worker = work(&client, "chat", Tier::Cloud, 8).await?;
     let (told, mut stops) = mpsc::channel(8);

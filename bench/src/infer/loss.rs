@@ -1,6 +1,5 @@
 //! The cloud is lost while it has a request that may be made twice: how soon the edge has answered.
 
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -10,7 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::figure::{Figure, quantile};
 use super::link::Link;
-use super::scene::{CLOUD, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, PLANT, Scene, work};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -62,15 +61,12 @@ impl Cloud {
     }
 }
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
-    quick: bool,
-) -> anyhow::Result<Vec<Figure>> {
+pub(super) async fn measure(ground: &Ground<'_>, quick: bool) -> anyhow::Result<Vec<Figure>> {
     let count = if quick { 3 } else { 20 };
     let mut refused = Vec::new();
     let mut silent = Vec::new();
     for cut in [false, true] {
-        let scene = scene().await?;
+        let scene = ground.open().await?;
         let edge = scene.client(PLANT, "edge").await?;
         let mut worker = work(&edge, "digits", Tier::Edge, 8).await?;
         tokio::spawn(async move {

@@ -4,7 +4,6 @@
 //! same settings and the same bytes, and nothing in between. Both are measured from the moment that a
 //! request was due, in turns.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::figure::{Figure, quantile};
-use super::scene::{CLOUD, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, PLANT, Scene, work};
 use crate::compare::load::client_config;
 use crate::compare::pki::SERVER_NAME;
 
@@ -52,12 +51,12 @@ impl Way {
     }
 }
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
+pub(super) async fn measure(
+    ground: &Ground<'_>,
     quick: bool,
     progress: &(dyn Fn(&str) + Sync),
 ) -> anyhow::Result<Vec<Figure>> {
-    let scene = scene().await?;
+    let scene = ground.open().await?;
     let worker = scene.client(CLOUD, "worker").await?;
     let _answering = answering(&worker).await?;
     let (server, address) = listen(&scene)?;

@@ -1,6 +1,5 @@
 //! Requests that have to stay at their site: what reaches the cloud of them.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,15 +9,12 @@ use selvedge_client::{AnswerInfo, Client, Code, Infer, Preference, Residency, Ti
 use tokio_util::task::AbortOnDropHandle;
 
 use super::figure::Figure;
-use super::scene::{CLOUD, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, PLANT, work};
 
 const SIZE: usize = 10_000;
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
-    quick: bool,
-) -> anyhow::Result<Vec<Figure>> {
-    let scene = scene().await?;
+pub(super) async fn measure(ground: &Ground<'_>, quick: bool) -> anyhow::Result<Vec<Figure>> {
+    let scene = ground.open().await?;
     let count = if quick { 50 } else { 500 };
     let gpu = scene.client(CLOUD, "gpu").await?;
     let (_cloud, at_cloud) = counting(&gpu, Tier::Cloud).await?;

@@ -18,19 +18,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::compare::pki::{Pki, SERVER_NAME, TENANT};
 use crate::compare::process;
-use crate::compare::system::{Running, start_ours};
+use crate::compare::system::{BASE, Running, start_ours};
 
-const CONFIG: &str = r#"[identity]
-cert = "{cert}"
-key = "{key}"
-trust = "{ca}"
-
-[policy]
-file = "{dir}/policy.toml"
-
-[listen]
-quic = "127.0.0.1:0"
-
+/// What the broker has besides [`BASE`].
+const FRONT: &str = r#"
 [front]
 http = "127.0.0.1:0"
 "#;
@@ -47,6 +38,14 @@ pub(super) const PLANT: &str = "plant";
 /// The site of cloud workers.
 pub(super) const CLOUD: &str = "cloud";
 
+/// What every scene is made from.
+pub(super) struct Ground<'a> {
+    /// The `selvedge` binary.
+    pub(super) program: &'a Path,
+    /// Where scenes have their folders.
+    pub(super) root: &'a Path,
+}
+
 /// A broker process, and an authority for its clients.
 pub(super) struct Scene {
     running: Running,
@@ -61,14 +60,16 @@ pub(super) struct Http {
     _connection: AbortOnDropHandle<()>,
 }
 
-impl Scene {
-    pub(super) async fn open(program: &Path, root: &Path) -> anyhow::Result<Self> {
+impl Ground<'_> {
+    /// Starts a broker.
+    pub(super) async fn open(&self) -> anyhow::Result<Scene> {
+        let Self { program, root } = *self;
         let folder = tempfile::tempdir_in(root)?;
         let dir = folder.path().to_owned();
         let pki = Pki::make(&dir.join("pki"))?;
         std::fs::write(dir.join("policy.toml"), POLICY)?;
         let config = dir.join("broker.toml");
-        std::fs::write(&config, pki.fill(CONFIG, &dir, 0))?;
+        std::fs::write(&config, pki.fill(&format!("{BASE}{FRONT}"), &dir, 0))?;
         let text = |path: &Path| path.to_str().map(String::from).context("a path is no text");
         let command = [
             text(program)?,
@@ -84,13 +85,15 @@ impl Scene {
                 log.lines().last().unwrap_or_default()
             )
         })?;
-        Ok(Self {
+        Ok(Scene {
             running,
             pki,
             _folder: folder,
         })
     }
+}
 
+impl Scene {
     /// Where the broker speaks QUIC.
     pub(super) fn address(&self) -> SocketAddr {
         self.running.address

@@ -1,7 +1,6 @@
 //! Large bodies: chat completions through the front door, and the same natively, in front of a worker
 //! that answers at once. Time to the first byte, and the broker's memory.
 
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -13,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::figure::{Figure, quantile};
-use super::scene::{CLOUD, Http, PLANT, Scene, work};
+use super::scene::{CLOUD, Ground, Http, PLANT, Scene, work};
 
 /// Requests on their way at any time.
 const AT_ONCE: usize = 150;
@@ -26,8 +25,8 @@ const MEMORY: f64 = 1.25;
 
 const CHUNK: &str = r#"{"id":"1","object":"chat.completion.chunk","created":0,"model":"chat","choices":[{"index":0,"delta":{"content":"yes"},"finish_reason":null}]}"#;
 
-pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
-    scene: impl Fn() -> F,
+pub(super) async fn measure(
+    ground: &Ground<'_>,
     quick: bool,
     progress: &(dyn Fn(&str) + Sync),
 ) -> anyhow::Result<Vec<Figure>> {
@@ -42,7 +41,7 @@ pub(super) async fn measure<F: Future<Output = anyhow::Result<Scene>>>(
             (BODY * 10, "2.2 MB"),
         ] {
             // Each size has a broker of its own, or the peak would be that of the one before.
-            let scene = scene().await?;
+            let scene = ground.open().await?;
             let each = if size > BODY { each.min(2) } else { each };
             let (mut times, peak) = run(&scene, front, size, each)
                 .await

@@ -1,7 +1,7 @@
 //! One policy, from the first request to the last, one event after the other.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -62,7 +62,7 @@ pub(super) struct Simulation {
     seen: Vec<Seen>,
     events: BinaryHeap<Reverse<(Duration, Event)>>,
     /// Requests that wait in the fabric, the earliest deadline first.
-    waiting: BTreeMap<(Duration, Number), ()>,
+    waiting: BTreeSet<(Duration, Number)>,
     /// When a worker began with each request, and how that ends.
     begun: Vec<(Duration, Option<End>)>,
     random: StdRng,
@@ -95,7 +95,7 @@ impl Simulation {
             suspects: Vec::new(),
             seen: world.machines.iter().enumerate().map(seen).collect(),
             events: BinaryHeap::from([Reverse((world.arrivals[0].at, Event::Comes(0)))]),
-            waiting: BTreeMap::new(),
+            waiting: BTreeSet::new(),
             begun: vec![(Duration::ZERO, None); world.arrivals.len()],
             // Not that of the world, which is the same for all.
             random: StdRng::seed_from_u64(!options.seed),
@@ -159,7 +159,7 @@ impl Simulation {
             }
             Policy::Fabric | Policy::FabricKeyed => {
                 if !self.waiting.is_empty() || !self.try_place(number, now, zero) {
-                    self.wait(number, now);
+                    self.wait(number);
                 }
                 return;
             }
@@ -169,21 +169,14 @@ impl Simulation {
         self.next_of(worker, now);
     }
 
-    /// Joins the requests that wait in the fabric, unless it was refused.
-    fn wait(&mut self, number: Number, now: Duration) {
-        if self.begun[number].1.is_some() {
-            return;
-        }
+    /// Joins the requests that wait in the fabric, unless there are too many.
+    fn wait(&mut self, number: Number) {
         if self.waiting.len() >= WAITING {
             self.outcome.refused += 1;
             return;
         }
         let due = self.world.arrivals[number].at + self.deadline;
-        if due > now {
-            self.waiting.insert((due, number), ());
-        } else {
-            self.outcome.late += 1;
-        }
+        self.waiting.insert((due, number));
     }
 
     /// Asks the fabric's code. True when the request has a worker or was refused.
@@ -312,7 +305,7 @@ impl Simulation {
             }
         }
         self.next_of(worker, now);
-        while let Some((&(due, number), ())) = self.waiting.first_key_value() {
+        while let Some(&(due, number)) = self.waiting.first() {
             if due <= now {
                 self.outcome.late += 1;
             } else if !self.try_place(number, now, zero) {
