@@ -145,3 +145,49 @@ fn calls_are_measured_beside_nothing() {
         assert!(figure("p50_us") <= figure("p99_us"), "{row}");
     }
 }
+
+#[test]
+fn inference_keeps_its_promises_in_a_short_run() {
+    let done = run(selvedge([
+        "bench",
+        "infer",
+        "--quick",
+        "--json",
+        "--shapes",
+        "burst,residency",
+    ]));
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let report = &done.json()[0];
+    assert_eq!(report["failures"], serde_json::json!([]));
+    let figures = report["figures"].as_array().unwrap();
+    let value = |what: &str| {
+        let mut figures = figures.iter();
+        let figure = figures.find(|figure| figure["what"].as_str().unwrap().contains(what));
+        figure.unwrap_or_else(|| panic!("{what}: {report:#}"))["value"].as_f64()
+    };
+    assert_eq!(value("over-admitted"), Some(0.0));
+    assert_eq!(value("not answered"), Some(0.0));
+    assert_eq!(value("refused with FAILED_PRECONDITION"), Some(50.0));
+    assert_eq!(value("the cloud's worker saw"), Some(0.0));
+    let failed = run(selvedge(["bench", "infer", "--shapes", "speed"])).failed();
+    assert!(failed.contains("there is no shape \"speed\""), "{failed}");
+}
+
+#[test]
+fn placement_is_simulated_the_same_each_time() {
+    let simulate = || {
+        let small = ["--workers", "50", "--requests", "2000", "--json"];
+        let mut command = selvedge(["bench", "placement"]);
+        command.args(small);
+        let done = run(command);
+        assert_eq!(done.code, Some(0), "{done:?}");
+        done.json()[0].clone()
+    };
+    let report = simulate();
+    assert_eq!(
+        report["outcomes"].as_array().unwrap().len(),
+        5,
+        "{report:#}"
+    );
+    assert_eq!(report, simulate());
+}

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use selvedge_client::{
-    AnswerInfo, CallError, Class, Client, Code, IncomingInference, Infer, ModelRegistration,
-    Preference, Residency, Tier, WorkerHandle,
+    AnswerInfo, CallError, Class, Client, Code, IncomingInference, Infer, InferStream,
+    ModelRegistration, Preference, Residency, Tier, WorkerHandle,
 };
 use selvedge_tests::broker::OPEN;
 use selvedge_tests::wait::{eventually, within};
@@ -442,6 +442,14 @@ async fn say(mut asked: IncomingInference, words: usize) -> Option<IncomingInfer
     None
 }
 
+/// The next parts of an answer are these.
+async fn hear(stream: &mut InferStream, words: &[&str]) {
+    for word in words {
+        let found = within("a word", stream.next()).await.unwrap();
+        assert_eq!(found.as_deref(), Some(word.as_bytes()));
+    }
+}
+
 const WORDS: [&str; 6] = ["one", "two", "three", "four", "five", "six"];
 
 #[tokio::test]
@@ -460,10 +468,7 @@ async fn an_answer_whose_worker_is_lost_midway_goes_on_at_another() {
         say(asked, 3).await
     });
     let mut stream = stream.unwrap();
-    for word in &WORDS[..3] {
-        let found = within("a word", stream.next()).await.unwrap();
-        assert_eq!(found.as_deref(), Some(word.as_bytes()));
-    }
+    hear(&mut stream, &WORDS[..3]).await;
     // One that does not say that its answers are the same is not asked, though it is there.
     let _plain = other
         .work(registration("words", Tier::Cloud, 4))
@@ -475,10 +480,7 @@ async fn an_answer_whose_worker_is_lost_midway_goes_on_at_another() {
     let asked = incoming(&mut second).await;
     assert_eq!(asked.resume_from(), 3);
     assert!(say(asked, WORDS.len()).await.is_none());
-    for word in &WORDS[3..] {
-        let found = within("a word", stream.next()).await.unwrap();
-        assert_eq!(found.as_deref(), Some(word.as_bytes()));
-    }
+    hear(&mut stream, &WORDS[3..]).await;
     assert_eq!(within("the end", stream.next()).await.unwrap(), None);
     broker
         .metric_reaches("selvedge_continuations_total", &[], 1)
@@ -489,10 +491,7 @@ async fn an_answer_whose_worker_is_lost_midway_goes_on_at_another() {
         say(incoming(&mut second).await, 2).await
     });
     let mut stream = stream.unwrap();
-    for word in &WORDS[..2] {
-        let found = within("a word", stream.next()).await.unwrap();
-        assert_eq!(found.as_deref(), Some(word.as_bytes()));
-    }
+    hear(&mut stream, &WORDS[..2]).await;
     spare.close().await;
     drop(half);
     let error = within("the end", stream.next()).await.unwrap_err();
